@@ -81,8 +81,7 @@ class LolaEndpoints:
         keys = args.api_key or [envs.VLLM_API_KEY or ""]
         state.lola_access = Access(keys, _settings(engine.config), args)
         state.lola_owners = Owners(keys) if engine.is_lola else None
-        shares = stores and _shares(engine.config)
-        wrap_generate(engine_client, engine if stores else None, shares)
+        wrap_generate(engine_client, engine if stores else None)
         state.lola_metrics = LolaMetrics(engine) if engine.is_lola else None
         state.lola_pages = describe_pages(args)
 
@@ -92,13 +91,6 @@ def _settings(config: VllmConfig) -> StoreSettings:
     additional = config.additional_config
     given = additional.get(STORE_KEY) if isinstance(additional, dict) else None
     return StoreSettings.from_mapping(given or {}, STORE_KEY)
-
-
-def _shares(config: VllmConfig) -> bool:
-    """Whether states of shared prefixes are stored: vLLM's prefix caching does not do it,
-    and all requests come to one store."""
-    alone = config.parallel_config.data_parallel_size == 1
-    return alone and not config.cache_config.enable_prefix_caching
 
 
 def describe_pages(args: Namespace) -> str:

@@ -4,8 +4,8 @@ generate call.
 A request gets the salt of its owner (`owners.py`). What it asks of the store is checked before it
 runs: the engine would run it without the store and say why in the answer, which is too late. A
 request that starts from several sessions, `{"from": ["manual", "faq@2"]}`, is asked of the one that
-is composed of them, whose text stands before the prompt. Shared prefixes are read first
-(`prefix_sharing.py`). The route is told what the store says (`reporting.py`).
+is composed of them, whose text stands before the prompt. The route is told what the store says
+(`reporting.py`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from vllm import SamplingParams
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 
 from lola_vllm.memory.sessions.names import MAX_SOURCES, SessionNameError, parse_reference
-from lola_vllm.memory.sessions.request import FIELD, OWN_REQUESTS, read_params
+from lola_vllm.memory.sessions.request import FIELD, LIBRARY_REQUEST, read_params
 from lola_vllm.serving.prompt import check_length
 from lola_vllm.serving.sessions.management import check_composing
 from lola_vllm.serving.sessions.owners import NO_KEY, is_nobody, salted
-from lola_vllm.serving.sessions.prefix_sharing import PrefixSharing
 from lola_vllm.serving.sessions.reporting import Generate, take_report, told, transfer_params
 
 if TYPE_CHECKING:
@@ -36,18 +35,13 @@ if TYPE_CHECKING:
 _FROM = f"kv_transfer_params.{FIELD}.from"
 
 
-def wrap_generate(
-    client: EngineClient, engine: LolaEngine | None = None, shares: bool = False
-) -> None:
+def wrap_generate(client: EngineClient, engine: LolaEngine | None = None) -> None:
     """Replace `client.generate`, which then also does what this module says.
 
     Args:
         engine: that has a store; None: nothing is stored.
-        shares: whether prompts with a prefix in common share stored states.
     """
     plain: Generate = client.generate
-    if shares:
-        plain = PrefixSharing(plain).generate
 
     def generate(
         prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
@@ -61,7 +55,7 @@ def wrap_generate(
             sources = _sources(sampling_params)
             asked = sampling_params if sources is None else _starting(sampling_params, sources[0])
             request_id = str(args[0] if args else kwargs.get("request_id", ""))
-            check_params(asked, kwargs.get("session_id"), request_id.startswith(OWN_REQUESTS))
+            check_params(asked, kwargs.get("session_id"), request_id.startswith(LIBRARY_REQUEST))
         if engine is None or sources is None:
             outputs = plain(prompt, sampling_params, *args, **kwargs)
         else:

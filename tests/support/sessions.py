@@ -11,7 +11,7 @@ import torch
 
 from lola_vllm.memory.sessions.fingerprint import Fingerprint
 from lola_vllm.memory.sessions.manager import SessionManager
-from lola_vllm.memory.sessions.orders import Outcome
+from lola_vllm.memory.sessions.orders import Outcome, Save
 from lola_vllm.memory.sessions.settings import StoreSettings
 from lola_vllm.memory.sessions.store import SessionStore
 from lola_vllm.memory.sessions.transfer import TransferWorker
@@ -77,8 +77,9 @@ class Server:
     def step(self) -> list[Outcome]:
         """Deliver the orders, and return what the ranks have to say by now."""
         for order in self.store.take_orders():
-            for worker in self.workers:
-                worker.execute(order)
+            within = isinstance(order, Save) and order.within  # what layers copy inside of a step
+            for worker, pool in zip(self.workers, self.pools, strict=True):
+                worker.execute(order, pool[order.state_index] if within else None)
         found = []
         for rank, worker in enumerate(self.workers):
             worker.finish_loads()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,8 @@ from lola_vllm.memory.sessions.fingerprint import adapter_fingerprint
 from lola_vllm.memory.sessions.manager import SessionManager
 from lola_vllm.memory.sessions.orders import Outcome
 from lola_vllm.memory.sessions.prefix_hash import salt_hash
-from lola_vllm.memory.sessions.request import OWN_REQUESTS, RequestState, read_params
-from lola_vllm.memory.sessions.shared_prefixes import Waypoints
+from lola_vllm.memory.sessions.request import LIBRARY_REQUEST, RequestState, read_params
+from lola_vllm.memory.sessions.shared_prefixes import RecentPrompts, Waypoints
 from lola_vllm.memory.sessions.store import SessionStore
 from lola_vllm.memory.sessions.tiers import SessionKey, Stored
 from lola_vllm.models.files import CheckpointError
@@ -66,6 +67,9 @@ class SchedulerHalf:
         self.store = store
         self.plan = plan or WaypointPlan()
         self._waypoints = Waypoints(store)
+        self._recent = RecentPrompts()
+        self._branching: dict[bytes, str] = {}  # prefix hash -> who is to store the state
+        self._numbers = itertools.count()
         self.trained_length = trained_length
         self.manager = SessionManager(store)
         self.block_size = block_size
@@ -77,7 +81,7 @@ class SchedulerHalf:
     @_harmless(None)
     def arrive(self, request: Request) -> None:
         """Read what a request wants."""
-        own = request.request_id.startswith(OWN_REQUESTS)
+        own = request.request_id.startswith(LIBRARY_REQUEST)
         params = read_params(request.kv_transfer_params, request.session_id, own)
         adapter = ""
         lora = request.lora_request
@@ -91,9 +95,8 @@ class SchedulerHalf:
         if tokens is None:
             problem = "the prompt is given as embeddings, which no tokens name"
         salt = salt_hash(request.cache_salt)
-        req_state = RequestState(
-            params, adapter, salt, self.store.prefix_hashes(tokens or (), adapter, salt)
-        )
+        hashes = self.store.prefix_hashes(tokens or (), adapter, salt)
+        req_state = RequestState(params, adapter, salt, hashes, number=next(self._numbers))
         for fault in (*params.faults, *([problem] if problem else [])):
             req_state.explain(fault)
             req_state.unsaved = fault
@@ -105,6 +108,8 @@ class SchedulerHalf:
             req_state.explain("not asked for")
         elif request.skip_reading_prefix_cache:
             req_state.explain("the log-probabilities of all of the prompt were asked for")
+        elif self.plan.keeps and params.source is None and params.save and params.answer:
+            req_state.branch = self._recent.observe(hashes)
         self.request_states[request.request_id] = req_state
         self._prompts[request.request_id] = request
         if req_state.session is not None:
@@ -125,6 +130,8 @@ class SchedulerHalf:
             return None
         if req_state.version != self.store.version:
             self._look_up(req_state, request)
+        if self._waits_for_branch(req_state, request.request_id):
+            return None
         found = req_state.found
         if found is None or not req_state.params.restore or request.skip_reading_prefix_cache:
             return 0
@@ -158,6 +165,7 @@ class SchedulerHalf:
             self._pass(request, n, block_ids)
             if n >= request.num_prompt_tokens:
                 del self._prompts[name]
+                self._recent.end(self.request_states[name].hashes)
                 if n == request.num_prompt_tokens:
                     self._save(request, n, "prompt", block_ids(name))
 
@@ -173,6 +181,7 @@ class SchedulerHalf:
         req_state = self.request_states.pop(name, None)
         if req_state is None:
             return False, None
+        self._leave_branch(req_state, name)
         if req_state.session is not None:
             queue = self._queues[req_state.session]
             queue.remove(name)
@@ -225,31 +234,58 @@ class SchedulerHalf:
         except NotStored as error:
             req_state.missed = str(error.args[0])
 
+    def _waits_for_branch(self, req_state: RequestState, name: str) -> bool:
+        """Whether an earlier request is about to store the state at which this one branches from
+        others. If nobody is, and there is none, this one stores it."""
+        if req_state.branch <= req_state.covered or req_state.waypoints is not None:
+            return False
+        other = self._branching.setdefault(req_state.hashes.prefix_hash(req_state.branch), name)
+        return self.request_states[other].number < req_state.number
+
+    def _leave_branch(self, req_state: RequestState, name: str) -> None:
+        """A request has stored the state that others wait for, or will not."""
+        key = req_state.hashes.prefix_hash(req_state.branch)
+        if self._branching.get(key) == name:
+            del self._branching[key]
+
     def _pass(self, request: Request, end: int, block_ids: Any) -> None:
         """Order copies of the states at a prompt's waypoints in a step.
 
         Args:
             end: tokens after the step. block_ids: of a request by its id.
         """
-        req_state, start = self.request_states[request.request_id], request.num_computed_tokens
-        params, parent = req_state.params, req_state.parent
+        name, start = request.request_id, request.num_computed_tokens
+        req_state = self.request_states[name]
+        params, branch = req_state.params, req_state.branch
         if req_state.waypoints is None:
             # What is only read is gone on with at its end, and what was composed by its name.
+            parent = req_state.parent
             apart = not params.answer or (parent is not None and parent.header.composed is not None)
             wanted = params.save and not apart
             n = request.num_prompt_tokens
-            req_state.waypoints = self.plan.waypoints(start, n) if wanted else []
+            waypoints = set(self.plan.waypoints(start, n) if wanted else ())
+            if self._branching.get(req_state.hashes.prefix_hash(branch)) == name:
+                waypoints.add(branch)
+            req_state.waypoints = sorted(waypoints)
         index = (end - 1) // self.block_size
         for n in req_state.waypoints:
             if not start < n <= end:
                 continue
-            blocks = block_ids(request.request_id)
+            blocks = block_ids(name)
             if index >= len(blocks) or blocks[index] == 0:
-                return
-            self._waypoints.save(
-                req_state.hashes, n, blocks[index], n < end,
-                adapter=req_state.adapter, salt=req_state.salt, parent=parent, ttl=params.ttl,
+                break
+            stored = self._waypoints.save(
+                req_state.hashes, n, blocks[index], n < end, branches=n == branch, ttl=params.ttl,
+                adapter=req_state.adapter, salt=req_state.salt, parent=req_state.parent,
             )  # fmt: skip
+            if n == branch and stored is not None:
+                # The request goes on from it, in the conversation that it would go on with.
+                req_state.turn = req_state.turn or self.store.open_turn(
+                    params.session, req_state.parent, req_state.salt
+                )
+                req_state.parent = stored
+        if end >= branch:
+            self._leave_branch(req_state, name)
 
     def _save(
         self,

@@ -41,7 +41,7 @@ class StateHeader:
             `salt_hash` has it.
         created, expires: seconds since 1970. parent: id of the state it continues.
         shared_prefix: `prefix_hash` of the shared prefix that its text goes on from
-            (`serving/sessions/prefix_sharing.py`); None: none.
+            (`shared_prefixes.py`); None: none.
         pinned: whether it stays whatever else is stored.
         tail: tokens that were said after the n: the last one of an answer is sampled, and the model
             does not read it unless the text goes on.

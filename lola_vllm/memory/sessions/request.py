@@ -34,11 +34,9 @@ FIELD = "lola"
 _KEYS = ("from", "save", "ttl", "answer")
 _OWN_KEYS = (*_KEYS, "part")  # of the requests that the server makes itself
 MAX_FAULTS = 3  # that are told; what follows is not looked at
-# Ids of the requests that the server makes itself, to store shared prefixes and to read documents.
-# Routes put another word before what a client chooses.
-OWN_REQUEST = "lola-shared-"
+# Ids of the requests that the server makes to read documents. Routes put another word before what a
+# client chooses.
 LIBRARY_REQUEST = "lola-library-"
-OWN_REQUESTS = (OWN_REQUEST, LIBRARY_REQUEST)
 
 
 @dataclass(frozen=True)
@@ -146,6 +144,8 @@ class RequestState:
         stored: its longest stored state. unsaved: why it has none.
         beyond: tokens that it has beyond the length to which the model was trained.
         waypoints: token counts of its prompt at which states are kept; None: not known yet.
+        branch: tokens after which its prompt branches from others; 0: nowhere. number: of requests
+            that came before it.
     """
 
     params: RequestParams
@@ -163,6 +163,8 @@ class RequestState:
     unsaved: str | None = None
     beyond: int = 0
     waypoints: list[int] | None = None
+    branch: int = 0
+    number: int = 0
 
     @property
     def covered(self) -> int:

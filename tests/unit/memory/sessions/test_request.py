@@ -9,7 +9,7 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from lola_vllm.engine.vllm.session_requests import SchedulerHalf
-from lola_vllm.memory.sessions.request import MAX_FAULTS, OWN_REQUEST, RequestState, read_params
+from lola_vllm.memory.sessions.request import MAX_FAULTS, RequestState, read_params
 from lola_vllm.memory.sessions.settings import StoreSettings, StoreSettingsError
 from lola_vllm.serving.sessions.wrappers import check_params
 from tests.support.sessions import Server
@@ -198,20 +198,3 @@ def test_log_probabilities_of_a_prompt_start_from_no_state(half):
     assert half.match(asked, 0) == 0
     told = finish(half, asked)
     assert told["restored_tokens"] == 0 and "log-probabilities" in told["reason"]
-
-
-def test_only_the_servers_own_requests_store_shared_prefixes(half):
-    lola = {"lola": {"save": "shared-1", "answer": False}}
-    own = request(f"{OWN_REQUEST}1", TEXT, params=lola)
-    theirs = request("cmpl-1", TEXT, params=lola)
-    for asked in (own, theirs):
-        half.arrive(asked)
-        asked.num_computed_tokens = 0
-        half.end_prompts({asked.request_id: len(TEXT)}, lambda _: [1])
-        asked.num_computed_tokens = len(TEXT)
-        told = finish(half, asked)
-        assert (told["session"] == "shared-1") == (asked is own)
-        assert bool(told.get("unsaved")) == (asked is theirs)
-    # The state of the prompt alone: what was generated belongs to nobody.
-    (state,) = half.store.states.values()
-    assert (state.header.kind, state.header.num_tokens) == ("prompt", len(TEXT))
