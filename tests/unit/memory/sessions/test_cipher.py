@@ -20,7 +20,6 @@ from lola_vllm.memory.sessions.cipher import (
     STATE,
     TOKENS,
     StateKey,
-    StateKeyError,
     read_key,
     sealed_size,
 )
@@ -33,7 +32,7 @@ from lola_vllm.memory.sessions.file import (
     write_state,
 )
 from lola_vllm.memory.sessions.prefix_hash import PrefixHashes, namespace
-from lola_vllm.memory.sessions.settings import StoreSettings, StoreSettingsError
+from lola_vllm.memory.sessions.settings import StoreSettings
 from tests.support.sessions import FINGERPRINT, SECRET, Server
 from tests.unit.memory.sessions.test_file import header as plain_header
 from tests.unit.memory.sessions.test_file import reason
@@ -253,36 +252,6 @@ def test_a_server_with_a_key_keeps_its_states_over_a_restart(tmp_path, key_file)
     assert not server.store.failures
 
 
-def test_files_of_another_key_and_of_none_are_counted_and_neither_used_nor_deleted(
-    tmp_path, key_file, caplog
-):
-    other = tmp_path / "other key"
-    other.write_text("another secret of 32 characters!")
-    root, servers = tmp_path / "states", {}
-    for number, key in enumerate((None, key_file, other)):
-        for n in (100, 120):
-            server = servers[key] = Server(root, memory=0, key_file=key)
-            server.say([number, *TEXT[:n]])
-            server.settle()
-            server.close()
-    names = sorted(os.listdir(servers[None].store.directory.path))
-    assert len(names) == 6
-    for key, failures in (
-        (None, {"key": 4}), (key_file, {"key": 2, "plain": 2}), (other, {"key": 2, "plain": 2}),
-    ):  # fmt: skip
-        caplog.clear()
-        server = Server(root, memory=0, key_file=key)
-        server.store.upkeep.refresh()
-        assert server.store.failures == failures and len(server.store.states) == 2
-        found = [n for n in range(3) if server.restore([n, *TEXT])]
-        assert found == [(None, key_file, other).index(key)]
-        told = [r.getMessage() for r in caplog.records if "not used" in r.getMessage()]
-        assert len(told) == len(failures) and "more files" in told[0]
-        assert not any(SECRET in line for line in told)
-        server.close()
-    assert sorted(os.listdir(servers[None].store.directory.path)) == names
-
-
 def test_a_file_that_is_another_keys_by_now_is_kept(tmp_path, key_file):
     """Between the scan and the load, another server may have put it there."""
     server = Server(tmp_path / "states", memory=0, key_file=key_file)
@@ -324,36 +293,6 @@ def test_keys_are_read_from_a_file_or_a_variable(key_file, monkeypatch):
     assert found.key().check == KEY.check and SECRET not in repr(found)
     found = StoreSettings.from_mapping({"state_key_variable": "SOME_KEY"})
     assert found.key().check == KEY.check
-
-
-@pytest.mark.parametrize("content", [b"", b"Secret!?\n", b"x" * 31 + b"\n", b"x" * 5000])
-def test_keys_that_are_none(tmp_path, monkeypatch, content):
-    path = tmp_path / "key"
-    path.write_bytes(content)
-    monkeypatch.setenv("SOME_KEY", content.decode())
-    for place in ({"file": path}, {"variable": "SOME_KEY"}):
-        with pytest.raises(StateKeyError, match="openssl rand") as error:
-            read_key(**place)
-        assert str(next(iter(place.values()))) in str(error.value)
-        assert not content or content.strip().decode() not in str(error.value)
-
-
-def test_a_key_that_is_not_there_is_an_error_and_not_a_plain_directory(tmp_path, monkeypatch):
-    monkeypatch.delenv("SOME_KEY", raising=False)
-    for place in (
-        {"state_key_file": str(tmp_path / "none")}, {"state_key_file": str(tmp_path)},
-        {"state_key_variable": "SOME_KEY"},
-    ):  # fmt: skip
-        found = StoreSettings.from_mapping({"state_dir": str(tmp_path / "s"), **place})
-        with pytest.raises(StoreSettingsError, match=next(iter(place))):
-            found.key()
-        with pytest.raises(StoreSettingsError):
-            Server(tmp_path / "s", key_file=found.key_file, key_variable=found.key_variable)
-    with pytest.raises(StoreSettingsError, match="one key"):
-        StoreSettings.from_mapping({"state_key_file": "x", "state_key_variable": "SOME_KEY"})
-    for wrong in ({"state_key_file": 3}, {"state_key_file": ""}, {"state_key_variable": 3}):
-        with pytest.raises(StoreSettingsError, match=next(iter(wrong))):
-            StoreSettings.from_mapping(wrong)
 
 
 def test_a_key_is_not_shown_and_does_not_leave_its_process():

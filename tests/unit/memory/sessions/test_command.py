@@ -231,30 +231,3 @@ def test_what_no_key_reaches_is_deleted(directory, capsys, monkeypatch):
     monkeypatch.setattr("getpass.getpass", lambda prompt: "two")
     assert states(directory, "rm", "--keep", "prompt", "--yes") == 0
     assert list(directory.rglob("*.safetensors")) == []
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["move", "--from", "none", "--to", "sk-secret"], "--to: must be none, file:PATH"),
-        (["move", "--from", "sk-secret", "--to", "none"], "or an owner as 'list' shows it"),
-        (["move", "--from", "none", "--to", "env:NO_SUCH"], "no such environment variable"),
-        (["move", "--from", "none", "--to", "file:/none"], "the key cannot be read"),
-        (["move", "--from", "none", "--to", "env:EMPTY"], "there is no key in it"),
-        (["move", "--from", "none", "--to", "env:MANY"], "it has 2 keys; give one"),
-        (["rm", "--keep", "sk-secret", "--yes"], "--keep: must be none"),
-    ],
-)
-def test_keys_that_cannot_be_read(directory, words, message, capsys, monkeypatch):
-    monkeypatch.setenv("EMPTY", " \n")
-    monkeypatch.setenv("MANY", "one\ntwo")
-    assert states(directory, *words) == 2
-    error = capsys.readouterr().err
-    assert message in error and "sk-secret" not in error
-    assert len(list(directory.rglob("*.safetensors"))) == 5
-
-
-def test_a_directory_that_is_not_there(tmp_path, capsys):
-    assert states(tmp_path / "none", "list") == 2
-    assert "no such directory" in capsys.readouterr().err
-    assert not (tmp_path / "none").exists()

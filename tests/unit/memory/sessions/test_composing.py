@@ -247,28 +247,6 @@ def test_what_goes_on_from_it_remembers_it(server: Server) -> None:
     assert server.ask("show", session="more")["made_of"] == ["both@2", "one@1"]
 
 
-def test_what_cannot_be_composed_is_refused(server: Server) -> None:
-    server.say([1, 2, 3], "tiny")
-    server.say(ONE, "adapted", adapter="lora:1")
-    server.say(TWO, "hers", salt=salt_hash("alice"))
-    server.settle()
-
-    def kind(*sources: str, to: str = "new") -> Any:
-        answer = server.ask("compose", sources=list(sources), to=to)
-        assert "error" in answer
-        return answer["kind"]
-
-    assert kind("one", "gone") == "not-found"
-    assert kind("one", "hers") == "not-found"
-    assert kind("one", "two@2") == "not-found"
-    assert kind("one", "two", to="one") == "exists"
-    assert kind("one", "adapted") == "bad"
-    assert kind("tiny", "one") == "bad"
-    assert kind() == "bad"
-    assert kind("one", to="auto-1") == "bad"
-    assert "error" in server.ask("show", session="new")
-
-
 def test_a_file_of_it_is_one_of_a_composed_state(tmp_path: Path) -> None:
     server = Server(tmp_path / "a")
     server.say(ONE, "one")

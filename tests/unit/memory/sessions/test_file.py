@@ -14,8 +14,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -292,40 +290,6 @@ def test_a_header_that_is_no_header_is_damaged(path, text):
         text = json.dumps({**json.loads(header().to_json()), "adapter": text})
     rewrite_header(path, text)
     assert reason(path) == reason(path, read_header) == "damaged"
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(TOKENS.tolist()),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=5,
-)
-
-
-@settings(max_examples=80, deadline=None)
-@given(st.dictionaries(st.sampled_from(sorted(WRONG)), JSON, min_size=1, max_size=3))
-def test_whatever_a_header_says_it_is_read_or_damaged(tmp_path_factory, fields):
-    path = tmp_path_factory.mktemp("files") / file_name("ab" * 16, 0, 1)
-    write_state(path, header(), TOKENS, ROW)
-    forged(path, **fields)
-    server = Server(path.parent.parent / "root")
-    shutil.copy(path, server.store.directory.path)
-    for read in (read_header, read_tokens, read_state):
-        try:
-            read(path)
-        except StateFileError as error:
-            assert error.reason == "damaged"
-    server.store.upkeep.refresh()  # what the directory's thread does
-    server.manager.sessions()
-    server.close()
-
-
-@pytest.mark.parametrize(
-    "fields", [{"expires": float("nan")}, {"created": float("inf")}, {"adapter": "a\nb"}]
-)
-def test_what_nobody_would_read_is_not_written(tmp_path, fields):
-    with pytest.raises(ValueError):
-        write_state(tmp_path / "x", replace(header(), **fields), TOKENS, ROW)
-    assert os.listdir(tmp_path) == []
 
 
 def test_a_container_of_other_tensors_is_damaged_at_the_header(path):

@@ -60,12 +60,6 @@ def test_a_session_has_its_segments(server: Server) -> None:
     assert segments(server, salt="other") == []
 
 
-def test_a_session_with_an_adapter_has_none(server: Server) -> None:
-    server.say(TEXT, "tuned", adapter="tone:1")
-    found = server.ask("past", reference="tuned", size=SIZE)
-    assert found["kind"] == "bad" and "tuned has an adapter" in found["error"]
-
-
 def test_segments_of_another_text_are_deleted(server: Server) -> None:
     keep(server, 1, TEXT[1 : SIZE + 1])  # of no segment
     keep(server, 2, TEXT[-SIZE:])  # one that is not complete

@@ -1,16 +1,13 @@
 """What requests ask of the store: read in bounded time, and refused in words."""
 
-import re
 import time
 from types import SimpleNamespace
 
 import pytest
 from vllm import SamplingParams
-from vllm.exceptions import VLLMValidationError
 
 from lola_vllm.engine.vllm.session_requests import SchedulerHalf
 from lola_vllm.memory.sessions.request import MAX_FAULTS, RequestState, read_params
-from lola_vllm.memory.sessions.settings import StoreSettings, StoreSettingsError
 from lola_vllm.serving.sessions.wrappers import check_params
 from tests.support.sessions import Server
 
@@ -47,66 +44,8 @@ def test_parameters_of_megabytes_are_read_at_once_and_shortly_refused(lola):
     assert not found.restore and not found.save
 
 
-def test_a_request_state_says_a_thing_once_however_often_it_happens():
-    req_state = RequestState(parsed(), "", "", None)
-    begin = time.thread_time()
-    for n in range(200_000):
-        req_state.explain(str(n % 100_000))
-    assert time.thread_time() - begin < 1
-    assert len(req_state.reasons) == 100_000
-
-
-@pytest.mark.parametrize(
-    "ttl", [float("nan"), float("inf"), -float("inf"), 0, -1, True, "1", 10**400]
-)
-def test_times_that_never_end_are_refused(ttl):
-    (fault,) = parsed(ttl=ttl).faults
-    assert "ttl = " in fault and "a finite number of seconds above 0" in fault
-    if isinstance(ttl, float):
-        with pytest.raises(StoreSettingsError, match="finite number of seconds"):
-            StoreSettings(memory=1, directory=None, disk=0, ttl=ttl)
-
-
-def test_times_that_end_are_taken():
-    assert parsed(ttl=3).ttl == 3.0 and parsed(ttl=0.5).ttl == 0.5 and parsed().ttl is None
-
-
-@pytest.mark.parametrize("name", ["auto-1234", "shared-1234"])
-def test_names_of_the_server_are_not_given_by_users(name, tmp_path):
-    words = "given by the server; take another"
-    assert words in parsed(save=name).faults[0]
-    assert words in read_params(None, name).faults[0]
-    assert not parsed(**{"from": name}).faults  # what is stored under it may be gone on from
-    assert read_params({"lola": {"save": name}}, own=True).session == name
-    server = Server(tmp_path)
-    server.say([1] * 100, "mine")
-    server.settle()
-    for method, arguments in (
-        ("fork", {"reference": "mine", "to": name}),
-        ("rename", {"session": "mine", "to": name}),
-        ("import_file", {"file": "x", "session": name}),
-    ):
-        answer = server.manager.call(method, arguments)
-        assert answer["kind"] == "bad" and words in answer["error"]
-
-
 def params(n=1, **lola):
     return SamplingParams(n=n, extra_args={"kv_transfer_params": {"lola": lola}})
-
-
-@pytest.mark.parametrize(
-    ("given", "session_id", "words"),
-    [
-        (params(save="../x"), None, "kv_transfer_params.lola.save = '../x'"),
-        (params(), "../x", "session_id = '../x'"),
-        (params(form="a"), None, "nearest valid name: 'from'"),
-        (params(n=2, save="a"), None, "n = 2: a session goes on with one answer"),
-        (params(n=3), "a", "goes on with 'a'; fork it"),
-    ],
-)
-def test_a_request_that_would_lose_its_conversation_is_refused(given, session_id, words):
-    with pytest.raises(VLLMValidationError, match=re.escape(words)):
-        check_params(given, session_id)
 
 
 def test_other_requests_are_left_alone():

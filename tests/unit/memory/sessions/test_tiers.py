@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from lola_vllm.memory.sessions import host_copy
-from lola_vllm.memory.sessions.expiry import SPARE
 from lola_vllm.memory.sessions.owner import engine_salt, owner_of
 from lola_vllm.memory.sessions.prefix_hash import salt_hash
 from lola_vllm.memory.sessions.settings import StoreSettings, StoreSettingsError
@@ -18,16 +17,6 @@ ALICE, BOB, CAROL = map(salt_hash, ("alice", "bob", "carol"))
 
 def sessions(server, salt):
     return {name for owner, name in server.store.sessions if owner == salt}
-
-
-def test_budgets_count_token_ids():
-    server = Server(memory=10 * size_of(1000), ranks=2)
-    state = server.say(list(range(1000)))
-    assert state.nbytes == 2 * (ROW + 4 * 1000) == server.store.memory.nbytes
-    for n in range(9):
-        server.say([n, *range(999)])
-    assert server.store.memory.nbytes <= 10 * size_of(1000)
-    assert len(server.store.states) == 5
 
 
 def test_one_owner_does_not_push_the_others_out():
@@ -98,17 +87,6 @@ def test_pinned_sessions_leave_a_small_memory_for_their_files(tmp_path):
     for n in range(6):
         assert server.restore([*([n] * 10), 1]) == 10
         assert server.store.memory.nbytes <= server.store.memory.budget
-
-
-def test_times_of_expiry_do_not_pile_up():
-    server = Server()
-    states = [server.say([n] * 10, f"s{n}", ttl=100) for n in range(10)]
-    for _ in range(200):
-        for state in states:
-            server.store.change(state, pinned=not state.header.pinned)
-    assert len(server.store._expiries) <= 2 * len(states) + SPARE + 1
-    server.clock.now += 200
-    assert server.manager.sessions() == []
 
 
 class Copied(threading.Event):
