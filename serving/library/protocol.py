@@ -163,10 +163,6 @@ class _Asks(BaseModel):
     question: Annotated[str, Field(max_length=10_000)] | None = Field(
         default=None, description="What to look for; default: the last message, or the prompt."
     )
-    top: int | None = Field(
-        default=None, ge=1, le=MAX_TOP,
-        description="Parts that an answer is made of; default: the first alone.",
-    )  # fmt: skip
     session: NewSession | None = Field(
         default=None, description="A new session that goes on from the answer."
     )

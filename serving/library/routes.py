@@ -20,8 +20,6 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 
 from lola_vllm.memory.documents.choose import FOUND
-from lola_vllm.memory.documents.parts import SHARED_TOKENS
-from lola_vllm.memory.documents.passage import PASSAGE_CHARS
 from lola_vllm.memory.sessions.names import addition_of
 from lola_vllm.serving.bodies import LolaRoute
 from lola_vllm.serving.engine import LolaEngine
@@ -31,7 +29,6 @@ from lola_vllm.serving.library.adding import (
     check_place,
     cut,
     drop_addition,
-    most_tokens,
     read_parts,
 )
 from lola_vllm.serving.library.protocol import (
@@ -71,7 +68,6 @@ PREFIX = "/v1/lola/libraries"
 _STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
 _ASKED: dict[int | str, dict[str, Any]] = {**REFUSALS, 429: {"model": ErrorResponse}}
 _DONE = "data: [DONE]"
-ANSWER_TOKENS = 512  # that there is room for after the parts, unless a request says
 
 router = APIRouter(prefix=PREFIX, tags=["lola"], route_class=LolaRoute)
 json_body = [Depends(validate_json_request)]
@@ -242,7 +238,7 @@ async def _read(
     body: LibraryChatRequest | LibraryCompletionRequest,
     question: str,
 ) -> _Asked:
-    """Find and compose what a question is asked of."""
+    """Find what a question is asked of: the first part, next to the passages of the others."""
     name, salt = name_of(library, "library"), body.cache_salt
     check_libraries(engine)
     validate_cache_salt(salt)
@@ -251,14 +247,8 @@ async def _read(
         check_utf8("cache_salt", salt or "")
     except ValueError as error:
         raise HTTPException(HTTPStatus.BAD_REQUEST, str(error)) from None
-    answer = getattr(body, "max_completion_tokens", None) or body.max_tokens or ANSWER_TOKENS
-    room = most_tokens(engine) - min(answer, ANSWER_TOKENS) - 2 * SHARED_TOKENS
-    top = body.top or FOUND
-    room -= (len(question) + top * PASSAGE_CHARS) // 2
-    made = {
-        "count": body.top or 1, "room": room, "session": body.session, "ttl": body.ttl,
-    }  # fmt: skip
-    sources, said = await asking.find(engine, name, question, top, salt, made)
+    made = {"session": body.session, "ttl": body.ttl}
+    sources, said = await asking.find(engine, name, question, FOUND, salt, made)
     before, session = asking.with_passages(sources), said["session"]
     transcript = Transcript(said["turn"], said["kind"], said["tokens"], said["tail"])
     params: dict[str, Any] = {"from": session, "save": body.session or False}

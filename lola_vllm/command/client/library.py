@@ -54,7 +54,7 @@ def add_library(parser: argparse.ArgumentParser) -> None:
         "--top",
         type=int,
         metavar="N",
-        help="parts whose states are read (default: the first alone)",
+        help="with --sources: how many (default: 3)",
     )
     ask.add_argument("--session", metavar="NAME", help="a new one, to go on with in chat")
     ask.add_argument("--max-tokens", type=int, default=MAX_TOKENS, metavar="N",
@@ -137,14 +137,14 @@ def _list(server: Server, args: argparse.Namespace) -> int:
 
 
 def _ask(server: Server, args: argparse.Namespace) -> int:
-    top = {} if args.top is None else {"top": args.top}
     if args.sources:
+        top = {} if args.top is None else {"top": args.top}
         body: dict[str, Any] = {"question": args.question, **top}
         found = server.json("POST", library_path(args.library, "find"), body)
     else:
         body = {
             "messages": [{"role": "user", "content": args.question}],
-            "max_tokens": args.max_tokens, "temperature": args.temperature, **top,
+            "max_tokens": args.max_tokens, "temperature": args.temperature,
             **({} if args.session is None else {"session": args.session}),
         }  # fmt: skip
         if not args.json:

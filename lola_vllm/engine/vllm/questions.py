@@ -7,7 +7,6 @@ question as a request, and when that is over. The worker's half is `serving/libr
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,8 +91,8 @@ class Questions:
             salt: of their owner.
             by_words: the parts that have words of the question, the best first; None: those that
                 the model's heads find alone.
-            made: `count` of the parts that are found to compose, `room` for their tokens, and the
-                `session` that is made of them and its `ttl`, both or none; None: nothing is.
+            made: the `session` that goes on from the first part, and its `ttl`; either may be None.
+                None: nothing goes on.
 
         Returns:
             `found`, the most read first: as `Librarian.found` has it, and the `tokens` of each.
@@ -120,31 +119,14 @@ class Questions:
         ]
         if made is None:
             return {"found": found}
-        transcript = self._composed([parts[i] for i in order], salt, **made)
-        return transcript if "error" in transcript else {"found": found, "transcript": transcript}
-
-    def _composed(
-        self,
-        parts: Sequence[tuple[str, int]],
-        salt: str | None,
-        count: int,
-        room: int,
-        session: str | None,
-        ttl: float | None,
-    ) -> Answer:
-        """What an answer goes on from: the first parts that there is room for, the one that is read
-        most next to the question."""
-        ends = itertools.accumulate(tokens for _, tokens in parts[:count])
-        kept = max(1, sum(end <= room for end in ends))
-        sources = [name for name, _ in reversed(parts[:kept])]
-        given: Answer = {"sources": sources, "salt": salt}
-        if session is not None:
-            made = self._ask("compose", {**given, "to": session, "ttl": ttl})
-        elif kept > 1:
-            made = self._ask("compose_parts", given)
-        else:  # it goes on from the part itself
-            made = {"session": sources[0]}
-        if "error" in made:
-            return dict(made)
-        name = made["session"]
-        return {"session": name, **self._ask("tokens", {"reference": name, "salt": salt})}
+        session = parts[order[0]][0]
+        if made["session"] is not None:
+            begun = {"sources": [session], "to": made["session"], "ttl": made["ttl"]}
+            answer = self._ask("compose", {**begun, "salt": salt})
+            session = made["session"]
+            if "error" in answer:
+                return dict(answer)
+        transcript = self._ask("tokens", {"reference": session, "salt": salt})
+        if "error" in transcript:
+            return dict(transcript)
+        return {"found": found, "transcript": {"session": session, **transcript}}

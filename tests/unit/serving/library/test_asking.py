@@ -74,7 +74,7 @@ def test_a_question_crosses_to_the_engine_three_times(monkeypatch: pytest.Monkey
     """And a fourth time with its answer, which goes on from what was made."""
     calls: list[str] = []
     text = "It starts at two. The pump stands in hall 2."
-    made = {"count": 1, "room": 100, "session": None, "ttl": None}
+    made = {"session": None, "ttl": None}
     transcript = {
         "session": PART["session"],
         "turn": 1,
