@@ -10,14 +10,14 @@ from contextlib import ExitStack, suppress
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
-from fastapi import APIRouter, Depends, HTTPException, Request
+from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.responses import Response
 from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 from vllm.entrypoints.openai.completion.protocol import CompletionResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
+from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
 from lola_vllm.memory.documents.choose import FOUND
 from lola_vllm.memory.sessions.names import addition_of
@@ -57,6 +57,7 @@ from lola_vllm.serving.sessions.management import (
     ask,
     check_listing,
     engine_of,
+    json_body,
     name_of,
 )
 from lola_vllm.serving.sessions.owners import owned
@@ -66,27 +67,26 @@ from lola_vllm.serving.sessions.template_boundary import Transcript
 
 PREFIX = "/v1/lola/libraries"
 _STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
-_ASKED: dict[int | str, dict[str, Any]] = {**REFUSALS, 429: {"model": ErrorResponse}}
+_BUSY: dict[int | str, dict[str, Any]] = {429: {"model": ErrorResponse}}
 _DONE = "data: [DONE]"
 
-router = APIRouter(prefix=PREFIX, tags=["lola"], route_class=LolaRoute)
-json_body = [Depends(validate_json_request)]
+router = APIRouter(prefix=PREFIX, tags=["lola"], route_class=LolaRoute, responses=REFUSALS)
 
 
-@router.get("", response_model=LibraryList, responses={**REFUSALS, 403: {"model": ErrorResponse}})
+@router.get("", response_model=LibraryList, responses={403: {"model": ErrorResponse}})
 async def libraries(raw_request: Request, salt: Salt = None) -> dict[str, Any]:
     """The caller's libraries, by name; where sessions are listed."""
     check_listing(raw_request)
     return {"libraries": await ask(raw_request, "libraries", salt)}
 
 
-@router.get("/{library}", response_model=LibraryDetail, responses=REFUSALS)
+@router.get("/{library}", response_model=LibraryDetail)
 async def show(library: str, raw_request: Request, salt: Salt = None) -> Any:
     """A library with its documents."""
     return await ask(raw_request, "library", salt, library=name_of(library, "library"))
 
 
-@router.delete("/{library}", response_model=Deleted, responses=REFUSALS)
+@router.delete("/{library}", response_model=Deleted)
 async def delete(library: str, raw_request: Request, salt: Salt = None) -> Any:
     """Delete a library with all of its documents."""
     answer = await ask(raw_request, "remove_documents", salt, library=name_of(library, "library"))
@@ -94,7 +94,7 @@ async def delete(library: str, raw_request: Request, salt: Salt = None) -> Any:
     return answer
 
 
-@router.delete("/{library}/documents/{document:path}", response_model=Deleted, responses=REFUSALS)
+@router.delete("/{library}/documents/{document:path}", response_model=Deleted)
 async def remove(library: str, document: str, raw_request: Request, salt: Salt = None) -> Any:
     """Delete a document, and what was composed of it to answer questions."""
     answer = await ask(
@@ -111,7 +111,7 @@ async def remove(library: str, document: str, raw_request: Request, salt: Salt =
 @router.post(
     "/{library}/documents",
     response_model=None,
-    responses={**REFUSALS, 200: {"model": Document, **_STREAM}},
+    responses={200: {"model": Document, **_STREAM}},
     dependencies=json_body,
 )
 @with_cancellation
@@ -141,7 +141,7 @@ async def add(library: str, raw_request: Request, body: AddRequest) -> Any:
 @router.post(
     "/{library}/find",
     response_model=None,
-    responses={**_ASKED, 200: {"model": Found}},
+    responses={**_BUSY, 200: {"model": Found}},
     dependencies=json_body,
 )
 @with_cancellation
@@ -159,7 +159,7 @@ async def find(library: str, raw_request: Request, body: FindRequest) -> Any:
 @router.post(
     "/{library}/chat",
     response_model=None,
-    responses={**_ASKED, 200: {"model": ChatCompletionResponse, **_STREAM}},
+    responses={**_BUSY, 200: {"model": ChatCompletionResponse, **_STREAM}},
     dependencies=json_body,
 )
 async def chat(library: str, raw_request: Request, body: LibraryChatRequest) -> Any:
@@ -171,7 +171,7 @@ async def chat(library: str, raw_request: Request, body: LibraryChatRequest) -> 
 @router.post(
     "/{library}/complete",
     response_model=None,
-    responses={**_ASKED, 200: {"model": CompletionResponse, **_STREAM}},
+    responses={**_BUSY, 200: {"model": CompletionResponse, **_STREAM}},
     dependencies=json_body,
 )
 async def complete(library: str, raw_request: Request, body: LibraryCompletionRequest) -> Any:

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastapi import APIRouter, Depends, HTTPException, Request
+from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ValidationError
 from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
@@ -23,7 +23,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import (
 )
 from vllm.entrypoints.openai.completion.api_router import create_completion
 from vllm.entrypoints.openai.completion.protocol import CompletionResponse
-from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
+from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
 from lola_vllm.memory.sessions.request import FIELD
 from lola_vllm.serving.bodies import LolaRoute, refusal
@@ -35,6 +35,7 @@ from lola_vllm.serving.sessions.management import (
     PREFIX,
     REFUSALS,
     engine_of,
+    json_body,
     reference_of,
 )
 from lola_vllm.serving.sessions.owners import owned
@@ -61,16 +62,13 @@ router = APIRouter(
     prefix=PREFIX,
     tags=["lola"],
     route_class=LolaRoute,
-    dependencies=[Depends(validate_json_request)],
+    dependencies=json_body,
+    responses=REFUSALS,
 )
 
 
 # Answers are not checked against their models: vLLM made them, or there is none as the client left.
-@router.post(
-    "/{session}/append",
-    response_model=None,
-    responses={**REFUSALS, 200: {"model": AppendResponse}},
-)
+@router.post("/{session}/append", response_model=None, responses={200: {"model": AppendResponse}})
 @with_cancellation
 async def append(session: str, raw_request: Request, body: AppendRequest) -> Any:
     """Read text, token ids or messages at the end of a session. Nothing is generated."""
@@ -82,7 +80,7 @@ async def append(session: str, raw_request: Request, body: AppendRequest) -> Any
 @router.post(
     "/{session}/chat",
     response_model=None,
-    responses={**REFUSALS, 200: {"model": ChatCompletionResponse, **_STREAM}},
+    responses={200: {"model": ChatCompletionResponse, **_STREAM}},
 )
 async def chat(session: str, raw_request: Request, body: SessionChatRequest) -> Any:
     """Answer new messages of a session, as /v1/chat/completions does with all of its messages."""
@@ -92,7 +90,7 @@ async def chat(session: str, raw_request: Request, body: SessionChatRequest) -> 
 @router.post(
     "/{session}/complete",
     response_model=None,
-    responses={**REFUSALS, 200: {"model": CompletionResponse, **_STREAM}},
+    responses={200: {"model": CompletionResponse, **_STREAM}},
 )
 async def complete(session: str, raw_request: Request, body: SessionCompletionRequest) -> Any:
     """Go on with new text of a session, as /v1/completions does with all of its text."""

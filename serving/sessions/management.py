@@ -49,7 +49,8 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 _BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 
-router = APIRouter(prefix=PREFIX, tags=["lola"], route_class=LolaRoute)
+router = APIRouter(prefix=PREFIX, tags=["lola"], route_class=LolaRoute, responses=REFUSALS)
+json_body = [Depends(validate_json_request)]
 
 Salt = Annotated[
     str | None,
@@ -57,7 +58,7 @@ Salt = Annotated[
 ]
 
 
-@router.get("", response_model=SessionList, responses={**REFUSALS, 403: {"model": ErrorResponse}})
+@router.get("", response_model=SessionList, responses={403: {"model": ErrorResponse}})
 async def sessions(raw_request: Request, salt: Salt = None) -> dict[str, Any]:
     """The caller's sessions, the last used first.
 
@@ -68,13 +69,13 @@ async def sessions(raw_request: Request, salt: Salt = None) -> dict[str, Any]:
     return {"sessions": await ask(raw_request, "sessions", salt)}
 
 
-@router.get("/{session}", response_model=SessionDetail, responses=REFUSALS)
+@router.get("/{session}", response_model=SessionDetail)
 async def show(session: str, raw_request: Request, salt: Salt = None) -> Any:
     """A session and its states."""
     return await ask(raw_request, "show", salt, session=name_of(session))
 
 
-@router.get("/{session}/tokens", response_model=SessionTokens, responses=REFUSALS)
+@router.get("/{session}/tokens", response_model=SessionTokens)
 async def tokens(session: str, raw_request: Request, salt: Salt = None) -> dict[str, Any]:
     """Token ids of all that was said in a session (`agent-7`) or until a turn (`agent-7@3`)."""
     reference = reference_of(session)
@@ -83,12 +84,7 @@ async def tokens(session: str, raw_request: Request, salt: Salt = None) -> dict[
     return {"session": reference.session, "turn": found["turn"], "tokens": said}
 
 
-@router.patch(
-    "/{session}",
-    response_model=SessionDetail,
-    responses=REFUSALS,
-    dependencies=[Depends(validate_json_request)],
-)
+@router.patch("/{session}", response_model=SessionDetail, dependencies=json_body)
 async def change(session: str, body: ChangeRequest, raw_request: Request, salt: Salt = None) -> Any:
     """Rename a session, or pin one of its turns, or both."""
     reference, found = reference_of(session), None
@@ -106,31 +102,21 @@ async def change(session: str, body: ChangeRequest, raw_request: Request, salt: 
     return found
 
 
-@router.delete("/{session}", response_model=Deleted, responses=REFUSALS)
+@router.delete("/{session}", response_model=Deleted)
 async def delete(session: str, raw_request: Request, salt: Salt = None) -> Any:
     """Delete a session (`agent-7`) or a turn of it (`agent-7@3`)."""
     reference = reference_of(session)
     return await ask(raw_request, "delete", salt, writes=reference, reference=str(reference))
 
 
-@router.post(
-    "/{session}/fork",
-    response_model=SessionDetail,
-    responses=REFUSALS,
-    dependencies=[Depends(validate_json_request)],
-)
+@router.post("/{session}/fork", response_model=SessionDetail, dependencies=json_body)
 async def fork(session: str, body: ForkRequest, raw_request: Request, salt: Salt = None) -> Any:
     """Another session that goes on from a session or a turn of it."""
     reference = str(reference_of(session))
     return await ask(raw_request, "fork", salt, reference=reference, to=body.to)
 
 
-@router.post(
-    "/{session}/compose",
-    response_model=SessionDetail,
-    responses=REFUSALS,
-    dependencies=[Depends(validate_json_request)],
-)
+@router.post("/{session}/compose", response_model=SessionDetail, dependencies=json_body)
 async def compose(
     session: str, body: ComposeRequest, raw_request: Request, salt: Salt = None
 ) -> Any:
@@ -143,11 +129,7 @@ async def compose(
     )  # fmt: skip
 
 
-@router.get(
-    "/{session}/state",
-    response_class=FileResponse,
-    responses={**REFUSALS, 200: {"content": _BINARY}},
-)
+@router.get("/{session}/state", response_class=FileResponse, responses={200: {"content": _BINARY}})
 async def export_state(
     session: str,
     raw_request: Request,
@@ -178,7 +160,7 @@ upload_router = APIRouter()
 @upload_router.put(
     "/{session}/state",
     response_model=SessionDetail,
-    responses={**REFUSALS, 403: {"model": ErrorResponse}, 413: {"model": ErrorResponse}},
+    responses={403: {"model": ErrorResponse}, 413: {"model": ErrorResponse}},
     openapi_extra={"requestBody": {"required": True, "content": _BINARY}},
 )
 async def import_state(session: str, raw_request: Request, salt: Salt = None) -> Any:
