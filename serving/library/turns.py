@@ -8,9 +8,10 @@ to come again.
 from __future__ import annotations
 
 import asyncio
+import bisect
+import itertools
 import math
 import time
-from collections import OrderedDict, deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -36,29 +37,28 @@ class Turns:
         self.at_once = at_once
         self.seconds = 0.0  # between two ends of turns while questions wait, by the newest of them
         self._running = 0
-        # By client, and those who waited longest first.
-        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+        self._round = 0  # of the newest turn: in a round each client that waits has one
+        self._numbers = itertools.count()
+        # By round and order: the client of a question, and what gets its turn.
+        self._queue: list[tuple[int, int, str, asyncio.Future[None]]] = []
 
     @property
     def waiting(self) -> int:
         """Questions that wait."""
-        return sum(map(len, self._waiting.values()))
+        return len(self._queue)
 
-    def check(self, client: str) -> None:
-        """Refuse a question that would wait too long.
+    def check(self, client: str) -> int:
+        """The round of a client's next question. One that would wait too long is refused.
 
         Raises:
             HTTPException: 429, with the seconds after which to ask again.
         """
-        if self._running < self.at_once:
-            return
-        own = len(self._waiting.get(client, ()))
-        others = (len(q) for name, q in self._waiting.items() if name != client)
-        # Of each other client, as many questions come before as of this one, and one more.
-        before = own + sum(min(count, own + 1) for count in others)
+        number = self._round + sum(one[2] == client for one in self._queue)
+        before = sum(one[0] <= number for one in self._queue)
         wait = (before + 1) * self.seconds
-        if wait > self.wait_s:
+        if self._running >= self.at_once and wait > self.wait_s:
             raise self._refusal(wait - self.wait_s)
+        return number
 
     @asynccontextmanager
     async def turn(self, client: str) -> AsyncIterator[None]:
@@ -67,11 +67,11 @@ class Turns:
         Raises:
             HTTPException: as `check`, now or after `wait_s`.
         """
-        self.check(client)
+        number = self.check(client)
         if self._running < self.at_once:
             self._running += 1
         else:
-            await self._wait(client)  # who ends gives the turn on
+            await self._wait(number, client)  # who ends gives the turn on
         began = time.monotonic()
         try:
             yield
@@ -82,38 +82,28 @@ class Turns:
             )  # fmt: skip
             self._next()
 
-    async def _wait(self, client: str) -> None:
+    async def _wait(self, number: int, client: str) -> None:
         turn = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(client, deque()).append(turn)
+        entry = (number, next(self._numbers), client, turn)
+        bisect.insort(self._queue, entry)
         try:
             await asyncio.wait_for(asyncio.shield(turn), self.wait_s)
         except BaseException as error:
             if turn.done():  # the turn came just then
                 self._next()
             else:
-                self._leave(client, turn)
-            if isinstance(error, TimeoutError):
+                self._queue.remove(entry)
+            if isinstance(error, TimeoutError | asyncio.TimeoutError):
                 raise self._refusal(self.seconds * (1 + self.waiting / 2)) from None
             raise
 
-    def _leave(self, client: str, turn: asyncio.Future[None]) -> None:
-        queue = self._waiting[client]
-        queue.remove(turn)
-        if not queue:
-            del self._waiting[client]
-
     def _next(self) -> None:
-        """Give a turn that is over to the client that waited longest for its next one."""
-        if not self._waiting:
-            self._running -= 1
-            return
-        client, queue = next(iter(self._waiting.items()))
-        turn = queue.popleft()
-        if queue:
-            self._waiting.move_to_end(client)
+        """Give a turn that is over to the question whose turn it is."""
+        if self._queue:
+            self._round, _, _, turn = self._queue.pop(0)
+            turn.set_result(None)
         else:
-            del self._waiting[client]
-        turn.set_result(None)
+            self._running -= 1
 
     def _refusal(self, seconds: float) -> HTTPException:
         after = max(1, math.ceil(seconds))
