@@ -25,17 +25,6 @@ def test_a_history_that_is_sent_whole_each_turn(tiny):
         before = n
 
 
-def test_the_first_message_is_edited(tiny):
-    system = [{"role": "system", "content": FILE}]
-    n, cached, _ = ask(tiny, system + user("When does the pump of hall 3 start?"), "edit")
-    assert cached == 0
-    for question in ("Is hall 1 the first?", "Name a hall."):
-        n, cached, _ = ask(tiny, system + user(question), "edit")
-        assert 0.9 * n < cached < n
-    n, cached, _ = ask(tiny, system + user("Name a pump."), "edit")
-    assert n - 40 < cached < n
-
-
 def test_another_question_about_the_same_file(tiny):
     n, cached, _ = ask(tiny, user(f"{FILE} When does the pump of hall 3 start?"), "file")
     assert cached == 0

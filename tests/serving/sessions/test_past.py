@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any
 
 import httpx
 import pytest
 
-from lola_vllm.memory.sessions.prefix_hash import digest
 from tests.serving.sessions.test_routes import BASE, ok, said
 from tools.support.server_process import Server
 
@@ -111,44 +109,6 @@ def test_a_chat_goes_on_after_what_came_back(tiny: Server, told: str) -> None:
     content = answer["choices"][0]["message"]["content"]
     rest = text.removeprefix(TEXT)
     assert rest.count(f"user: {QUESTION}\n") == 2 and content in rest
-
-
-def test_segments_go_where_their_session_goes(tiny: Server, told: str) -> None:
-    ok(ask(tiny, told, ttl=5000))
-    parts = parts_of(tiny.client, told)
-    assert len(parts) == 2
-    ok(ask(tiny, told, ttl=5000))  # its time is that of the session as it was found
-    (document,) = (d for d in ok(tiny.client.get(PAST))["documents"] if d["parts"] == parts)
-    assert document["expires"] is not None
-    ok(tiny.client.patch(f"{BASE}/{told}", json={"session": f"{told}-new"}))
-    assert not parts_of(tiny.client, told) and parts_of(tiny.client, f"{told}-new") == parts
-    ok(tiny.client.delete(f"{BASE}/{told}-new"))
-    assert not parts_of(tiny.client, f"{told}-new")
-    gone = tiny.client.get(f"{BASE}/{parts[0]['session']}")
-    assert gone.status_code == 404
-    # The same name with another text has segments of its own.
-    other = "A sparse cache holds the pairs. " + TEXT
-    ok(tiny.client.post(f"{BASE}/{told}/append", json={"prompt": other}))
-    ok(ask(tiny, told))
-    assert len(parts_of(tiny.client, told)) == 2
-
-
-def test_what_was_composed_for_an_answer_is_deleted(tiny: Server, told: str) -> None:
-    before = ok(tiny.client.get(f"{BASE}/{told}"))
-    assert ok(ask(tiny, told))["kv_transfer_params"]["lola"]["recalled"]["first"] == 0
-    (part, _) = parts_of(tiny.client, told)
-    segment = ok(tiny.client.get(f"{BASE}/{part['session']}"))
-    ids = [found["states"][-1]["id"].encode() for found in (before, segment)]
-    composed = f"{BASE}/library-answer-{digest(b'lola answer', *ids).hex()}"
-    deadline = time.monotonic() + 30
-    while tiny.client.get(composed).status_code != 404:
-        assert time.monotonic() < deadline, "what was composed for the answer is still there"
-        time.sleep(0.1)
-    # A request that starts from the same two states is kept under this name.
-    lola = {"from": [f"{told}@{before['turn']}", part["session"]], "save": False}
-    body = {"model": "tiny", "prompt": QUESTION, "kv_transfer_params": {"lola": lola}, **GREEDY}
-    ok(tiny.client.post("/v1/completions", json=body))
-    assert ok(tiny.client.get(composed))["made_of"][0] == lola["from"][0]
 
 
 def test_what_is_short_is_answered_as_ever(tiny: Server) -> None:
