@@ -407,7 +407,7 @@ def test_the_same_long_prompt_and_one_that_ends_otherwise_go_on(tmp_path, interv
             assert told["restored_tokens"] >= least, told
         # They go with the conversation, as what they hold was said there.
         assert manage(llm, "stats")["states"] > 3
-        for session in manage(llm, "sessions", everyone=True):
+        for session in manage(llm, "sessions"):
             if session["session"].startswith("auto-"):
                 manage(llm, "delete", reference=session["session"])
         assert manage(llm, "stats")["states"] == 0

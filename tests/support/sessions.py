@@ -157,7 +157,7 @@ class Server:
 
 def names(server: Server) -> set[str]:
     """The sessions of all owners."""
-    return {one["session"] for one in server.manager.sessions(everyone=True)}
+    return {name for _, name in server.store.sessions}
 
 
 def offsets(lengths: Sequence[int]) -> list[int]:

@@ -107,18 +107,15 @@ class SessionManager:
             raise SessionError("not-found", f"operation = {operation}: there is none, or no longer")
         return self._ended(found)
 
-    def sessions(self, salt: str | None = None, everyone: bool = False) -> list[Answer]:
-        """Sessions, the last used first; `everyone`: of all salts, for the operator.
-
-        An owner's libraries are listed by `libraries`.
-        """
+    def sessions(self, salt: str | None = None) -> list[Answer]:
+        """Sessions, the last used first. An owner's libraries are listed by `libraries`."""
         store, hashed = self.store, salt_hash(salt)
         with store.lock:
             store.expire()
             found = [
                 describe_session(store, key)
                 for key in store.sessions
-                if everyone or (key[0] == hashed and not key[1].startswith(LIBRARY))
+                if key[0] == hashed and not key[1].startswith(LIBRARY)
             ]
         return sorted(found, key=lambda one: -one["used"])
 

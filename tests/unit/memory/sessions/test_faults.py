@@ -226,7 +226,7 @@ def test_what_is_deleted_leaves_the_memory_of_other_servers(tmp_path, composed, 
     assert one.ask("delete", reference="agent-8")["deleted"] == 1
     two.store.upkeep.refresh()
     two.settle()
-    left = {one["session"] for one in two.manager.sessions(everyone=True)}
+    left = names(two)
     assert left == ({"mine"} if composed else set())
     assert two.workers[0].num_states == len(left) and not two.store.failures
 

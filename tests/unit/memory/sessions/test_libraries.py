@@ -14,7 +14,7 @@ from lola_vllm.memory.sessions.file import KEYS_SUFFIX, StateFileError, keys_fil
 from lola_vllm.memory.sessions.manager import COMPOSED_TTL
 from lola_vllm.memory.sessions.names import Part, part_session
 from lola_vllm.memory.sessions.prefix_hash import salt_hash
-from tests.support.sessions import ROW, Server, row_of, size_of
+from tests.support.sessions import ROW, Server, names, row_of, size_of
 
 ONE, TWO, THREE = list(range(100, 140)), list(range(500, 541)), list(range(700, 760))
 
@@ -41,7 +41,7 @@ def test_a_library_is_its_parts(server: Server) -> None:
     one, two = server.ask("library", library="pumps")["documents"]
     assert [(p["part"], p["session"]) for p in one["parts"]] == [(1, "library-1"), (2, "library-2")]
     assert one["complete"] and two["complete"] and two["document"] == "b.md"
-    assert server.ask("sessions") == [] and len(server.ask("sessions", everyone=True)) == 3
+    assert server.ask("sessions") == [] and len(names(server)) == 3
     server.ask("delete", reference="library-1")
     one, _ = server.ask("library", library="pumps")["documents"]
     assert not one["complete"]
@@ -71,7 +71,7 @@ def test_a_deleted_document_takes_the_answers_along(server: Server) -> None:
         keys_file(directory.path, ids["library-1"]).write_bytes(b"keys")
     gone = server.ask("remove_documents", library="pumps", document="a.md")
     assert gone == {"deleted": 2, "composed": ["mine"]}
-    left = {one["session"] for one in server.ask("sessions", everyone=True)}
+    left = names(server)
     assert left == {"library-3", "mine", other} and made not in left
     server.settle()
     if directory is not None:
@@ -112,7 +112,7 @@ def test_a_document_is_replaced_when_the_new_one_is_whole(server: Server) -> Non
     assert server.ask("libraries")[0]["parts"] == 5
     assert shown() == [30, len(THREE) - 30]
     server.settle()
-    left = {one["session"] for one in server.ask("sessions", everyone=True)}
+    left = names(server)
     parts = {part_session("c" * 24, number) for number in (1, 2)}
     assert left == {"library-1", "library-2", "library-3", *parts} and made not in left
 

@@ -13,7 +13,7 @@ from lola_vllm.memory.sessions.catalog import NotStored
 from lola_vllm.memory.sessions.names import PAST, Part, Reference
 from lola_vllm.memory.sessions.past import TOLERANCE_S
 from lola_vllm.memory.sessions.prefix_hash import salt_hash
-from tests.support.sessions import ROW, Server, size_of
+from tests.support.sessions import ROW, Server, names, size_of
 
 TEXT, SIZE = list(range(100, 190)), 40
 
@@ -215,7 +215,7 @@ def test_segments_are_renamed_and_deleted_with_their_session(server: Server) -> 
     assert segments(server, "talk") == [0, 1]
     answer = server.ask("delete", reference="talk")
     assert answer == {"deleted": 3}  # a turn and two segments
-    left = {one["session"] for one in server.ask("sessions", everyone=True)}
+    left = names(server)
     assert left == {"other", other} and made not in left
 
 
