@@ -157,6 +157,7 @@ class Server:
 
 def names(server: Server) -> set[str]:
     """The sessions of all owners."""
+    server.store.expire()
     return {name for _, name in server.store.sessions}
 
 

@@ -78,7 +78,7 @@ def written(**fields: Any) -> None:
         (VLLMValidationError, "nearest valid name: 'from'", [lambda: asked(form="a")]),
         (VLLMValidationError, "n = 2: a session goes on with one", [lambda: asked(n=2, save="a")]),
         (VLLMValidationError, "goes on with 'a'; fork it", [lambda: asked("a", n=3)]),
-        (ValueError, "", [functools.partial(written, **fields) for fields in (
+        (ValueError, ".", [functools.partial(written, **fields) for fields in (
             {"expires": float("nan")}, {"created": float("inf")}, {"adapter": "a\nb"})]),
     ],
 )  # fmt: skip
