@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ def keep_bfloat16(model: nn.Module) -> None:
     Call it between loading and vLLM's `process_weights_after_loading`. A weight that float32 alone
     can hold is left to vLLM.
     """
-    for module in model.modules():
+    for module in cast(Iterable[Any], model.modules()):
         method = getattr(module, "quant_method", None)
         if type(method) is UnquantizedLinearMethod:
             module.quant_method = _Linear()
@@ -41,13 +42,13 @@ def _to_panels(layer: Any) -> bool:
 
 
 class _Linear(UnquantizedLinearMethod):
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         if not _to_panels(layer):
             super().process_weights_after_loading(layer)
 
 
 class _Head(UnquantizedEmbeddingMethod):
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         if not _to_panels(layer):
             super().process_weights_after_loading(layer)
 
@@ -55,10 +56,10 @@ class _Head(UnquantizedEmbeddingMethod):
 class _Embedding(UnquantizedEmbeddingMethod):
     """An embedding whose rows are widened when they are looked up."""
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         narrow = layer.weight.bfloat16()
         if torch.equal(narrow.to(layer.weight.dtype), layer.weight):
             layer.weight = nn.Parameter(narrow, requires_grad=False)
 
-    def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
+    def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         return functional.embedding(input_, layer.weight).float()
