@@ -112,29 +112,18 @@ def test_distill(monkeypatch: pytest.MonkeyPatch, given: str, options: DistillOp
             RecallPlan(["vt", "niah-3"], [32, 64], 2, 3, "chat"),
         ),
         (
-            "recall --tasks niah-3 --distances 200,100",
-            RecallPlan(["niah-3"], [], distances=[100, 200]),
-        ),
-        (
-            "recall --tasks niah-3 --distances 100 --lengths 900,800",
-            RecallPlan(["niah-3"], [800, 900], distances=[100]),
-        ),
-        (
             "recall --tasks chat-fact --texts t --lengths 900 --distances 300",
             ChatPlan(["chat-fact"], [900], [300], "t"),
         ),
-        ("copy --texts t", CopyPlan("t")),
         (
             "copy --texts t --kinds code,chat --lengths 900,800 --distances 300 --samples 2 "
             "--stops 1 --passages 3 --seed 4",
             CopyPlan("t", ["code", "chat"], [800, 900], [300], 2, 1, 3, 4),
         ),
-        ("perplexity --texts t --stream", StreamPlan("t")),
         (
             "perplexity --texts t --stream --stream-length 64 --block 16 --context 8 --every 2",
             StreamPlan("t", 64, 16, 8, every=2),
         ),
-        ("perplexity --texts t", PerplexityPlan("t")),
         (
             "perplexity --texts t --windows 2 --window-length 8 --seed 3",
             PerplexityPlan("t", 2, 8, 3),

@@ -1,0 +1,176 @@
+"""Requests that nobody meant to send: every answer is 2xx or 4xx, and the engine goes on.
+
+Random ones are made by schemathesis from the server's own OpenAPI description, valid and not;
+others are written by hand. The server is a real one, of a tiny model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from random import Random
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import given
+from hypothesis import strategies as st
+from schemathesis import Case, GenerationMode
+
+from tests.support.effort import cases
+from tools.support.server_process import Server
+
+NAME = "tiny"
+KNOWN = {
+    "model": NAME, "prompt": "the hidden state", "max_tokens": 8, "temperature": 0,
+    "ignore_eos": True,
+}  # fmt: skip
+FEW = 6  # tokens that a random request gets at most: what is tested is not how long one waits
+CHAT = [{"role": "user", "content": "What is a window?"}]
+SESSION = "/v1/lola/sessions/{session}"
+GOOD: dict[str, dict[str, Any]] = {
+    "/v1/lola/memory": {"prompt": "the hidden state"},
+    "/v1/completions": {"model": NAME, "prompt": "the hidden state", "max_tokens": FEW},
+    "/v1/chat/completions": {"model": NAME, "messages": CHAT, "max_tokens": FEW},
+    "/tokenize": {"model": NAME, "prompt": "the hidden state"},
+    "/detokenize": {"model": NAME, "tokens": [5, 6, 7]},
+    f"{SESSION}/append": {"prompt": "the hidden state"},
+    f"{SESSION}/complete": {"prompt": "the hidden state", "max_tokens": FEW},
+    f"{SESSION}/chat": {"messages": CHAT, "max_tokens": FEW},
+    f"{SESSION}/fork": {"to": "b"},
+    SESSION: {"pinned": False},
+}
+ROUTES = [
+    ("POST", "/v1/lola/memory"),
+    ("GET", "/v1/lola/info"),
+    ("GET", "/lola/inspector"),
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/chat/completions"),
+    ("GET", "/v1/models"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
+    ("GET", "/v1/lola/sessions"),
+    *(("POST", f"{SESSION}/{verb}") for verb in ("append", "complete", "chat", "fork")),
+    *(("GET", f"{SESSION}{part}") for part in ("", "/tokens", "/state")),
+    ("PATCH", SESSION),
+    ("PUT", f"{SESSION}/state"),
+    ("DELETE", SESSION),
+]
+NAMES = ["a", "b", "a@1", "b@1", "a@999"]  # of sessions, so that some are there
+
+
+@pytest.fixture(scope="module")
+def known(keyless: Server) -> str:
+    """The answer to a request that all others must leave as it is."""
+    return answer(keyless)
+
+
+def answer(server: Server) -> str:
+    response = server.client.post("/v1/completions", json=KNOWN)
+    assert response.status_code == 200, response.text
+    text: str = response.json()["choices"][0]["text"]
+    return text
+
+
+@pytest.fixture
+def unharmed(keyless: Server, known: str) -> Iterator[Server]:
+    """The server; after the test it answers as before and holds no state."""
+    yield keyless
+    assert keyless.process.poll() is None, keyless.log.read_text()[-4000:]
+    assert answer(keyless) == known
+    for _ in range(100):
+        if keyless.client.get("/v1/lola/info").json()["states"]["used"] == 0:
+            return
+        httpx.get(f"{keyless.url}/health", timeout=5)
+    raise AssertionError("states are in use though nobody asks for anything")
+
+
+def check(response: httpx.Response, sent: object, waits: bool = False) -> None:
+    status = response.status_code
+    fine = 200 <= status < 300 or 400 <= status < 500
+    # A state that is in memory only has no file, and few states can be pinned.
+    fine = fine or (status == 503 and waits)
+    assert fine, (status, response.text[:500], str(sent)[:1500])
+
+
+def tempered(path: str, body: Any, base: dict[str, Any] | None, fields: Random) -> Any:
+    """A random body, or a good one with some of its fields, which gets further; few tokens each."""
+    if not isinstance(body, dict):
+        return body
+    if base:
+        names = sorted(body)
+        kept = fields.sample(names, min(len(names), fields.randint(1, 3)))
+        body = base | {name: body[name] for name in kept}
+    if path.startswith("/v1/c") and not isinstance(body.get("structured_outputs", {}), dict):
+        del body["structured_outputs"]  # vLLM 0.32's own routes answer it with 500
+    limits = {"max_tokens": 2048, "max_completion_tokens": 2048, "n": 64, "min_tokens": 2048}
+    few = {
+        name: FEW
+        for name, limit in limits.items()
+        if isinstance(value := body.get(name), int) and FEW < value <= limit
+    }
+    return body | few
+
+
+def operation(server: Server, method: str, path: str) -> Any:
+    description = server.client.get("/openapi.json").json()
+    return schemathesis.openapi.from_dict(description)[path][method]
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+def test_random_requests(unharmed, method, path, mode):
+    """As the description says, and as it does not."""
+    found = operation(unharmed, method, path)
+    if mode == GenerationMode.NEGATIVE and (not found.body or method == "PUT"):  # any bytes
+        pytest.skip("takes nothing that could be wrong")
+    strategy = found.as_strategy(generation_mode=mode)
+
+    @cases(short=12, long=400)
+    @given(case=strategy, good=st.booleans(), fields=st.randoms(use_true_random=False))
+    def run(case: Case, good: bool, fields: Random) -> None:
+        case.body = tempered(path, case.body, GOOD.get(path) if good else None, fields)
+        if good and "{session}" in path:
+            case.path_parameters["session"] = fields.choice(NAMES)
+        sent = case.as_transport_kwargs(base_url=unharmed.url)
+        response = case.call(base_url=unharmed.url, timeout=120)
+        check(response, sent, waits="{session}" in path)
+
+    run()
+
+
+def completion(**fields: Any) -> bytes:
+    return json.dumps(GOOD["/v1/completions"] | fields).encode()
+
+
+MALFORMED: dict[str, tuple[str, bytes]] = {
+    "empty": ("/v1/completions", b""),
+    "not-json": ("/v1/completions", b'{"prompt": "a'),
+    "not-utf8": ("/v1/completions", b'{"prompt": "\xff\xfe"}'),
+    "not-an-object": ("/v1/completions", b"[1, 2]"),
+    "deep": ("/v1/completions", b"[" * 50_000),
+    "no-prompt": ("/v1/completions", completion(prompt=None)),
+    "no-tokens": ("/v1/completions", completion(prompt=[])),
+    "token-beyond-the-vocabulary": ("/v1/completions", completion(prompt=[5, 10**6])),
+    "negative-token": ("/v1/completions", completion(prompt=[-1])),
+    "longer-than-the-context": ("/v1/completions", completion(prompt=[5] * 5000)),
+    "more-than-the-context": ("/v1/completions", completion(max_tokens=10**9)),
+    "fewer-than-no-tokens": ("/v1/completions", completion(max_tokens=-1)),
+    "nan-temperature": ("/v1/completions", completion(temperature=float("nan"))),
+    "too-hot": ("/v1/completions", completion(temperature=-1)),
+    "too-many-logprobs": ("/v1/completions", completion(logprobs=10**6)),
+    "broken-schema": ("/v1/completions", completion(structured_outputs={"regex": "(["})),
+    "another-model": ("/v1/completions", completion(model="absent")),
+    "no-messages": ("/v1/chat/completions", b'{"model": "tiny", "messages": []}'),
+    "memory-of-nothing": ("/v1/lola/memory", b"{}"),
+    "memory-of-too-much": ("/v1/lola/memory", json.dumps({"prompt": "the " * 20_000}).encode()),
+}
+
+
+@pytest.mark.parametrize(("path", "body"), MALFORMED.values(), ids=MALFORMED)
+def test_malformed_requests_are_refused(unharmed, path, body):
+    headers = {"content-type": "application/json"}
+    response = unharmed.client.post(path, content=body, headers=headers)
+    assert 400 <= response.status_code < 500, (response.status_code, response.text[:500])
+    assert response.text  # which says why
