@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.responses import Response
 
 from lola_vllm.memory.documents.past import OWN
-from lola_vllm.serving.sessions import generate, past
+from lola_vllm.serving.sessions import past
 from lola_vllm.serving.sessions.template_boundary import Transcript
 
 SIZE, LENGTH = 64, 3 * 64 + 10
@@ -86,56 +82,3 @@ def test_the_session_is_asked_alone_where_newer_text_has_what_is_asked(
     engine: Any, read: list[tuple[int, float, float]]
 ) -> None:
     assert recall(engine, *read) is None and engine.order is None
-
-
-@pytest.mark.parametrize("answer", ["whole", "stream", "refused", "broken"])
-def test_what_was_composed_for_an_answer_is_deleted_at_its_end(
-    engine: Any, monkeypatch: pytest.MonkeyPatch, answer: str
-) -> None:
-    deleted: list[str] = []
-
-    async def sessions(method: str, reference: str, salt: str | None) -> None:
-        assert (method, salt) == ("delete", None)
-        deleted.append(reference)
-
-    async def events() -> AsyncIterator[str]:
-        assert not deleted
-        yield "data: [DONE]\n\n"
-
-    async def reply(_tokens: Any, params: dict[str, Any]) -> Response:
-        assert params == {"from": "composed", "save": False} and not deleted
-        if answer == "broken":
-            raise ValueError("the engine is gone")
-        if answer == "stream":
-            return StreamingResponse(events())
-        return JSONResponse({}, 200 if answer == "whole" else 400)
-
-    def given(value: Any) -> Any:
-        async def give(*_: Any) -> Any:
-            return value
-
-        return give
-
-    recalled = past.Recalled("composed", SESSION, {"first": 0}, [], "")
-    engine.sessions, engine.store_id = sessions, given(f"past-{answer}")
-    tasks: list[asyncio.Task[Any]] = []
-    engine.later = lambda work: tasks.append(asyncio.ensure_future(work))
-    monkeypatch.setattr(generate, "engine_of", lambda _: engine)
-    monkeypatch.setattr(generate, "check_length", lambda *_: None)
-    monkeypatch.setattr(generate, "_transcript", given(SESSION))
-    monkeypatch.setattr(generate, "_recalled", given(recalled))
-    monkeypatch.setattr(generate._Finish, "__call__", given(None))
-    how: Any = SimpleNamespace(prompt=given([1]), generate=reply, kind="text_completion")
-
-    async def request() -> None:
-        body: Any = SimpleNamespace(cache_salt=None, ttl=None)
-        with suppress(ValueError):
-            found = await generate._answer("s", None, body, how)  # type: ignore[arg-type]
-            if answer == "stream":
-                assert not tasks
-                await found({"type": "http", "asgi": {"spec_version": "2.4"}}, given(None),
-                            given(None))  # fmt: skip
-        await asyncio.gather(*tasks)
-
-    asyncio.run(request())
-    assert deleted == ["composed"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from vllm import SamplingParams
 
-from lola_vllm.memory.sessions.prefix_hash import HASH_BLOCK, PrefixHashes, namespace
+from lola_vllm.memory.sessions.prefix_hash import PrefixHashes, namespace
 from lola_vllm.memory.sessions.request import OWN_REQUEST
 from lola_vllm.serving.sessions.prefix_sharing import PrefixSharing, RecentPrompts
 from tests.support.sessions import Server
@@ -45,35 +45,11 @@ def test_a_chat_goes_on_from_the_ends_of_its_prompts():
         said = said + text(50 + turn, 30)  # the answer
 
 
-def test_places_that_save_less_than_a_block_are_left():
-    known = RecentPrompts()
-    known.observe(hashes([*SHARED[: HASH_BLOCK - 1], 1000]))
-    assert known.observe(hashes([*SHARED[: HASH_BLOCK - 1], 1001])) is None
-    known = RecentPrompts()
-    known.observe(hashes([*SHARED[:HASH_BLOCK], 1000]))
-    assert places(known.observe(hashes([*SHARED[:HASH_BLOCK], 1001]))) == (HASH_BLOCK, True)
-    # A little more in common than what is stored.
-    known.observe(hashes([*SHARED[: HASH_BLOCK + 40], 1002]))
-    assert places(known.observe(hashes([*SHARED[: HASH_BLOCK + 40], 1003]))) == (HASH_BLOCK, False)
-
-
 def test_the_same_prompt_while_it_is_read_leaves_a_token_to_compute():
     known = RecentPrompts()
     known.observe(hashes(SHARED))
     assert places(known.observe(hashes(SHARED))) == (599, True)
     assert places(known.observe(hashes(SHARED))) == (599, False)
-
-
-def test_a_prompt_that_was_read_is_not_read_in_parts_again():
-    known = RecentPrompts()
-    for _ in range(3):
-        known.observe(hashes(SHARED))
-        known.end(hashes(SHARED))
-        assert places(known.observe(hashes(SHARED))) == (599, False)
-    assert places(known.observe(hashes(SHARED[:500]))) == (499, True)
-    known.max_tokens = 0
-    known.observe(hashes(text(1, 300)))
-    assert not known._read
 
 
 @pytest.mark.parametrize("other", [{"salt": "b"}, {"adapter": "b"}])
@@ -209,16 +185,3 @@ def test_shared_prefixes_of_other_owners_stay(server):
     server.settle()
     server.ask("delete", reference="one")
     assert names(server) == {"shared-1"}
-
-
-def test_the_prefix_survives_the_states_between(server):
-    server.say(SHARED[:300], "shared-1", kind="prompt")
-    server.say([*SHARED[:300], 1001], "one")
-    server.say([*SHARED[:300], 1001, 1002], "one")
-    server.settle()
-    server.ask("delete", reference="one@1")
-    server.say([*SHARED[:300], 1001, 1002, 1003], "one")
-    server.settle()
-    assert {s.header.shared_prefix for s in server.store.states.values()} == {
-        None, server.store.prefix_hashes(SHARED).prefix_hash(300).hex()
-    }  # fmt: skip
