@@ -269,22 +269,6 @@ def test_state_heads_that_ranks_cannot_share(tmp_path: Path) -> None:
 # ---- the command
 
 
-def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write(tmp_path)
-    lola = {"window_size": 32, "sink_size": 4}
-    options = "--json --tensor-parallel-size 4 --dtype float16 --state-heads kv --lola-config"
-    assert cli.main(["estimate", str(path), *options.split(), json.dumps(lola)]) == 0
-    found = json.loads(capsys.readouterr().out)
-    result = estimate(
-        path, lola, state_heads="kv", tensor_parallel_size=4, dtype="float16", memory_gib=None
-    )
-    assert found == result.to_json()
-    (row,) = [row for row in found["layouts"] if row["chosen"]]
-    assert row["num_state_heads"] == 2 and row["sequences"] is None
-    assert row["bytes_per_sequence"] == 32 * row["page_bytes"] == sum(row["parts_bytes"].values())
-    assert row["mib_per_sequence"] == row["bytes_per_sequence"] / MIB
-
-
 def test_errors_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["estimate", str(write(tmp_path, model_type="bert"))]) == 2
     captured = capsys.readouterr()

@@ -261,18 +261,6 @@ def test_going_on_with_the_sizes_and_the_importance_of_a_calibration(
         assert not torch.allclose(student(ids).logits, served(ids).logits, atol=1e-2)
 
 
-def test_going_on_begins_where_the_earlier_run_ended(
-    trained: Path, base: Path, text: Path, calibration: Path, tmp_path: Path
-) -> None:
-    still = dataclasses.replace(GO_ON, lora_learning_rate=0.0, map_learning_rate=0.0)
-    out = tmp_path / "lola"
-    work = trained.with_name("lola.training")
-    distill(base, [str(text)], out, still, start=work, calibration=calibration)
-    before, after = (load_file(w / "lora.safetensors") for w in (work, tmp_path / "lola.training"))
-    for name, value in before.items():
-        assert torch.equal(after[name], value), name
-
-
 def test_a_share_of_what_the_adapters_add_is_kept(
     trained: Path, base: Path, text: Path, calibration: Path, tmp_path: Path
 ) -> None:
