@@ -1,6 +1,7 @@
 """Decoders that are no Llama, served: the answers are those of transformers and of its stock model.
 
-Llama, Mistral, Qwen2 and Qwen3 have `test_hf_logprobs.py`.
+Llama, Mistral, Qwen2 and Qwen3 have `test_hf_logprobs.py`. Here is one family of each kind;
+`tests/unit/models/test_families.py` has all of them in transformers.
 """
 
 from __future__ import annotations
@@ -19,9 +20,20 @@ import lola_vllm.engine.hf  # noqa: F401  (makes transformers know LoLA models)
 from lola_vllm.models.init import init_checkpoint
 from tests.engine.test_sessions import ask, store_options
 from tests.support.engine import engine
-from tests.support.families import OTHERS, make_base
+from tests.support.families import make_base
 
 LENGTH, NEW = 170, 12  # past the first context shift, at 128 tokens, and the second
+SERVED = (
+    "cohere2",  # neighbours turn together, parallel blocks, sliding layers alone have RoPE
+    "gemma3_text",  # norms of q and k, sliding layers with a RoPE of their own
+    "glm",  # half of a head turns
+    "granite",  # multipliers, a scale of attention
+    "mixtral",  # experts
+    "olmo2",  # norms behind, and of q and k as a whole
+    "phi3",  # one matrix for q, k and v
+    "smollm3",  # a layer without RoPE
+    "starcoder2",  # LayerNorm and biases
+)
 # One of a kind for the compiler and the store: sliding layers, a part of a head, experts.
 COMPILED = ("gemma3_text", "glm", "mixtral")
 
@@ -43,7 +55,7 @@ def decoder(family: str, tmp_path: Path) -> Iterator[PreTrainedModel]:
             setattr(kind, name, own[name])
 
 
-@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("family", SERVED)
 @torch.no_grad()
 def test_answers_are_those_of_transformers(
     tmp_path: Path, family: str, decoder: PreTrainedModel

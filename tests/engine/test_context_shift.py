@@ -17,8 +17,6 @@ def tiny(tmp_path_factory):
 
 
 def test_a_request_may_be_longer_than_the_base(tiny, caplog, monkeypatch):
-    with engine(tiny, max_model_len=200_000, max_num_seqs=2) as llm:
-        assert llm.llm_engine.model_config.max_model_len == 200_000
     # The first engine of a process has vLLM settle its loggers, which then tell `caplog` nothing.
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     with caplog.at_level("INFO", logger="vllm.lola"), engine(tiny, max_model_len=None) as llm:
@@ -32,8 +30,6 @@ def test_a_request_may_be_longer_than_the_base(tiny, caplog, monkeypatch):
         ({}, 2**31, "--max-model-len = 2147483648 cannot be used.*at most 2147483647"),
         ({"context_shift": 0}, 128, r"max_model_len \(128\) is greater .*=64"),
         ({"context_shift": 24}, 128, "context_shift = 24: must divide max_position_embeddings"),
-        ({"context_shift": 64}, 128, "context_shift = 64: .*and be less; use 16"),
-        ({"sink_size": 49}, 128, "sink_size = 49: .*use at most 48 sinks"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(tiny, overrides, length, words):

@@ -46,13 +46,12 @@ def counts(llm):
 @pytest.mark.parametrize(
     ("name", "drafts", "options"),
     [
-        ("plain", PLANNED, {}),
         ("plain", NGRAM, {}),
         ("plain", PLANNED, CACHED),
         ("shifts", PLANNED, CACHED),
         ("shifts", PLANNED, {"enforce_eager": False}),
     ],
-    ids=["planned", "ngram", "prefix-caching", "shifts-prefix-caching", "shifts-compiled"],
+    ids=["ngram", "prefix-caching", "shifts-prefix-caching", "shifts-compiled"],
 )
 def test_drafts_change_no_token(models, name, drafts, options):
     """Alone and in a batch, across updates, blocks and context shifts."""
@@ -88,8 +87,7 @@ def stored(directory):
     return {(state.header.kind, *state.tokens.tolist()): state.data for state in states}
 
 
-@pytest.mark.parametrize("options", [BASE, BASE | CACHED], ids=["plain", "prefix-caching"])
-def test_stored_states_are_those_without_drafts(models, tmp_path, options):
+def test_stored_states_are_those_without_drafts(models, tmp_path):
     """Of answers that end by length or by a token among accepted drafts, and of what goes on."""
     path, answers = models["plain"]
     plan(PROMPTS, answers)
@@ -97,7 +95,7 @@ def test_stored_states_are_those_without_drafts(models, tmp_path, options):
     found = []
     for name, drafts in (("none", {}), ("drafts", {"speculative_config": PLANNED})):
         lola = {"state_ram": "64MiB", "store": "all", "state_dir": str(tmp_path / name)}
-        with engine(path, **options, **drafts, additional_config={"lola": lola}) as llm:
+        with engine(path, **BASE | CACHED, **drafts, additional_config={"lola": lola}) as llm:
             told, before = [], counts(llm)
             for prompt, answer, stop in zip(PROMPTS, answers, stops, strict=True):
                 told.append(ask(llm, prompt, stop_token_ids=[stop]))

@@ -12,7 +12,7 @@ from vllm import SamplingParams, TokensPrompt
 import lola_vllm.engine.hf
 from lola_vllm.models.init import init_checkpoint
 from tests.support.engine import engine
-from tests.support.families import FAMILIES, make_base
+from tests.support.families import make_base
 from tools.support.tiny import random_prompts
 
 LOLA = {"window_size": 32, "sparse_cache_size": 48, "sink_size": 2}
@@ -37,7 +37,7 @@ def make_checkpoint(directory, family):
     return directory / "lola", model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])  # biases; norms of queries and keys
 @torch.no_grad()
 def test_logprobs_are_those_of_vllm(tmp_path, family):
     directory, model = make_checkpoint(tmp_path, family)

@@ -1,10 +1,8 @@
-"""Options that do not know LoLA's state are refused at start-up; checkpoints load strictly."""
+"""Options that do not know LoLA's state are refused at start-up; what the others come to."""
 
 from types import SimpleNamespace
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 from vllm import SamplingParams, TokensPrompt
 from vllm.engine.arg_utils import EngineArgs
 
@@ -17,16 +15,11 @@ from lola_vllm.models.init import init_checkpoint
 from tests.support.drafts import NGRAM
 from tests.support.engine import GREEDY, engine, generate, pages, state_manager
 from tests.support.families import make_base
-from tools.support.tiny import make_tiny, random_prompts
+from tools.support.tiny import random_prompts
 
 LOLA = {"window_size": 8, "sparse_cache_size": 4}
 # A step of eight sequences has room for a block of a late prompt from 32 + 7 tokens on.
 CACHED = {"enable_prefix_caching": True, "block_size": 32, "max_num_seqs": 8}
-
-
-@pytest.fixture
-def tiny(tmp_path):
-    return make_tiny(tmp_path / "tiny", LOLA)
 
 
 @pytest.mark.parametrize(
@@ -57,19 +50,14 @@ def tiny(tmp_path):
         ({"tensor_parallel_size": 3}, "--tensor-parallel-size = 3"),
         ({"enable_sleep_mode": True}, "Sleep mode is not supported on current platform"),
         ({"hf_overrides": {"lola_config": {"windw_size": 4}}}, "nearest valid name: 'window_size'"),
-        ({"hf_overrides": {"lola_config": {"mixing": "half"}}}, "lola_config.mixing = 'half'"),
-        ({"hf_overrides": {"lola_config": {"feature_dim": 8}}}, "feature_dim: unknown key"),
         (CACHED | {"max_num_batched_tokens": 32}, "--max-num-batched-tokens = 32"),
         (CACHED | {"max_num_scheduled_tokens": 36}, "--max-num-scheduled-tokens = 36"),
-        (CACHED | {"max_num_scheduled_tokens": 64, "max_num_batched_tokens": 38},
-         "--max-num-batched-tokens = 38"),
         (CACHED | {"max_num_batched_tokens": 80, "speculative_config": NGRAM},
          "--max-num-batched-tokens = 80"),
     ],
     ids=["drafts-beside-updates", "drafts-on-a-gpu", "drafts-scheduler", "drafts-ahead",
          "drafts-worker", "fp8-cache", "connector", "offloading", "two-batches", "context-parallel",
-         "eager-stages", "heads", "sleep", "unknown-key", "bad-value", "bad-heads",
-         "batched-tokens", "scheduled-tokens", "fewer-batched-tokens",
+         "eager-stages", "heads", "sleep", "unknown-key", "batched-tokens", "scheduled-tokens",
          "batched-tokens-of-drafts"],
 )  # fmt: skip
 def test_refused_with_a_reason(tiny, options, words, capfd):
@@ -83,12 +71,10 @@ def test_refused_with_a_reason(tiny, options, words, capfd):
     [
         {"max_num_scheduled_tokens": 39},
         {"max_num_batched_tokens": 39},
-        {"max_num_batched_tokens": 31},
         # No piece is as long as a block, so pieces may end anywhere.
         {"max_num_scheduled_tokens": 36, "long_prefill_token_threshold": 16},
-        {"max_num_scheduled_tokens": 24},
     ],
-    ids=["scheduled", "batched", "batched-below-a-block", "short-pieces", "below-a-block"],
+    ids=["scheduled", "batched", "short-pieces"],
 )
 def test_a_late_prompt_does_not_wait_for_the_others_to_end(tiny, options):
     *early, late = random_prompts([5] * 7 + [100])
@@ -182,43 +168,6 @@ def test_a_cpu_without_bfloat16_is_warned_of(tiny, monkeypatch):
     config_of(tiny, dtype="bfloat16")
     (message,) = said
     assert "--dtype = bfloat16" in message and "--dtype float32" in message
-
-
-def edit(directory, change):
-    path = directory / "model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
-
-
-MAP = "model.layers.1.self_attn.feature_map_k"
-NORM = "model.norm.weight"
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda t: t.pop(MAP), [MAP, "missing"]),
-        (lambda t: t.pop(NORM), [NORM, "missing"]),
-        (lambda t: t.update(extra=torch.ones(1)), ["extra", "unexpected"]),
-        (lambda t: t.update({MAP: torch.ones(4, 16, 8)}), [MAP, "number of state heads"]),
-        (lambda t: t.update({NORM: torch.ones(63)}), [NORM, "63", "64"]),
-        (lambda t: t[MAP].fill_(torch.nan), [MAP, "not finite"]),
-    ],
-    ids=["no-map", "no-norm", "extra", "map-heads", "norm-shape", "nan"],
-)
-def test_a_wrong_checkpoint_stops_start_up_and_names_the_tensor(tiny, change, words):
-    edit(tiny, change)
-    with pytest.raises(Exception) as error, engine(tiny):
-        pass
-    for word in words:
-        assert word in str(error.value)
-
-
-def test_state_heads_are_read_from_the_checkpoint(tmp_path):
-    for heads in (2, 4):
-        with engine(make_tiny(tmp_path / str(heads), LOLA, state_heads=heads)) as llm:
-            assert state_manager(llm).spec.sequence.layers[0].num_state_heads == heads
 
 
 def test_overrides_change_one_parameter_and_keep_the_others(tiny):

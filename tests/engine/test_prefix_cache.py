@@ -1,8 +1,6 @@
 """Prefix caching: what is hit, what is missed, and that a hit never changes a token."""
 
-from vllm import SamplingParams, TokensPrompt
-
-from tests.support.engine import GREEDY, block_pool, engine, generate, metric, state_manager
+from tests.support.engine import block_pool, engine, generate, metric, state_manager
 from tools.support.tiny import random_prompts
 
 LOLA = {"window_size": 16, "sparse_cache_size": 24, "sink_size": 2}
@@ -85,30 +83,6 @@ def test_eviction_forgets_prefixes_and_changes_nothing(tiny):
         assert generate(llm, prompts, NEW) == expected
         assert state_manager(llm).num_states_in_use == 0
         assert block_pool(llm).get_num_free_blocks() == 6
-
-
-def test_salts_part_users_and_a_reset_forgets_all(tiny):
-    (prompt,) = random_prompts([150], seed=6)
-    params = SamplingParams(max_tokens=NEW, **GREEDY)
-    found, answers = [], []
-    with engine(tiny, **CACHED) as llm:
-
-        def ask(salt):
-            before = hits(llm)
-            request = TokensPrompt(prompt_token_ids=prompt)
-            if salt:
-                request["cache_salt"] = salt
-            output = llm.generate([request], params, use_tqdm=False)[0]
-            answers.append(list(output.outputs[0].token_ids))
-            found.append(hits(llm) - before)
-
-        for salt in ("alice", "bob", None, "alice", "bob", None):
-            ask(salt)
-        assert found == [0, 0, 0, 128, 128, 128]
-        assert llm.reset_prefix_cache()
-        ask(None)
-        assert found[-1] == 0
-    assert all(answer == answers[0] for answer in answers)
 
 
 def test_the_default_block_is_1024_tokens_and_the_log_says_so(tiny, caplog):

@@ -101,20 +101,12 @@ def test_quantize_checkpoint_writes_what_vllm_reads(tmp_path, tiny, weights, tol
 LAYER = "model.layers.1.mlp.down_proj"
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda t: [t.pop(k) for k in list(t) if k.startswith(LAYER)], "missing"),
-        (lambda t: t[f"{LAYER}.weight_scale"].fill_(torch.inf), "not finite"),
-    ],
-    ids=["no-layer", "infinite-scale"],
-)
-def test_a_wrong_quantized_checkpoint_names_the_tensor(tmp_path, tiny, change, words):
+def test_a_wrong_quantized_checkpoint_names_the_tensor(tmp_path, tiny):
     model = tmp_path / "wrong"
     quantize_checkpoint(tiny, model, "int8")
     tensors = load_file(model / "model.safetensors")
-    change(tensors)
+    tensors[f"{LAYER}.weight_scale"].fill_(torch.inf)
     save_file(tensors, model / "model.safetensors")
     with pytest.raises(Exception) as error, engine(model):
         pass
-    assert LAYER in str(error.value) and words in str(error.value)
+    assert LAYER in str(error.value) and "not finite" in str(error.value)

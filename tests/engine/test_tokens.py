@@ -15,7 +15,6 @@ from tests.support.engine import (
     generate,
     metric,
     pages,
-    scheduler,
     state_manager,
 )
 from tests.support.oracle import Oracle, assert_obeys
@@ -33,14 +32,10 @@ MODELS = {
     "plain": (LOLA, {}),
     "paper, sinks": (LOLA | {"update_interval": 1, "sink_size": 4}, {"state_heads": 4}),
     "interval 7, lolcats": (LOLA | {"update_interval": 7, "mixing": "lolcats"}, {}),
-    "no cache": (LOLA | {"sparse_cache_size": 0}, {"state_heads": 4}),
-    "a size per layer": (LOLA | {"sparse_cache_size": [90, 5]}, {}),
+    "a size per layer": (LOLA | {"sparse_cache_size": [90, 0]}, {"state_heads": 4}),
     "shifting": (SHIFTING, SHORT),
-    "shifting, 1": (SHIFTING | {"update_interval": 1}, SHORT),
     "shifting, 7": (SHIFTING | {"update_interval": 7}, SHORT),
     "two shifts a length": (SHIFTING | {"context_shift": 32}, SHORT),
-    "importance": ({"window_size": 16, "sparse_cache_size": 24, "sink_size": 2}, WEIGHTED),
-    "importance, 1": (LOLA | {"window_size": 16, "update_interval": 1}, WEIGHTED),
     "importance, shared": (
         LOLA | {"window_size": 16, "update_interval": 7, "sparse_sharing": "kv_head"},
         WEIGHTED | {"state_heads": 4},
@@ -72,7 +67,7 @@ def prompts_of(name):
     return random_prompts(SHIFTED_LENGTHS if "shift" in name else LENGTHS)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("plain", "shifting")])
 def test_answers_obey_the_recompute(make, name):
     """All at once, in pieces; the second time from cached states."""
     oracle, prompts = Oracle(make(name)), random_prompts([3, 40, 130, 222], seed=5)
@@ -143,13 +138,11 @@ HITS, PREEMPTIONS = "vllm:prefix_cache_hits", "vllm:num_preemptions"
 @pytest.mark.parametrize(
     ("options", "happens"),
     [
-        ({"max_num_batched_tokens": 16, "max_num_seqs": 6}, None),
         ({"max_num_batched_tokens": 37, "max_num_seqs": 8}, None),
         (CACHED | {"block_size": 32, "num_gpu_blocks_override": 7}, PREEMPTIONS),
         (CACHED | {"block_size": 24}, HITS),  # blocks end at context shifts and between them
-        (CACHED | {"block_size": 16}, HITS),
     ],
-    ids=["pieces-16", "pieces-37", "preempted", "cached-24", "cached-16"],
+    ids=["pieces", "preempted", "cached"],
 )
 def test_serving_changes_nothing(make, expected, name, options, happens):
     """Alone, all at once, and both with what was answered."""
@@ -162,22 +155,10 @@ def test_serving_changes_nothing(make, expected, name, options, happens):
         assert happens is None or metric(llm, happens) > (500 if happens == HITS else 0)
 
 
-@WHOLE
-def test_few_states_serve_everyone_twice(make, expected, name):
-    prompts, (tokens, _) = prompts_of(name), expected(name)
-    options = {"max_num_batched_tokens": 64, "max_num_seqs": 8, "num_gpu_blocks_override": 3}
-    with engine(make(name), **options) as llm:
-        for _ in range(2):
-            assert generate(llm, prompts, NEW) == tokens
-        assert state_manager(llm).num_states == 2
-        assert scheduler(llm).get_num_unfinished_requests() == 0
-
-
-@WHOLE
-def test_company_in_a_poisoned_pool_changes_nothing(make, expected, name):
+def test_company_in_a_poisoned_pool_changes_nothing(make, expected):
     """Among 24 others that come and go, with fewer states than requests; every page that no running
     request holds is NaN before every step."""
-    others = random_prompts([5 + 13 * i for i in range(24)], seed=9)
+    name, others = "shifting", random_prompts([5 + 13 * i for i in range(24)], seed=9)
     prompts, (tokens, _) = prompts_of(name), expected(name)
     with engine(make(name), max_num_batched_tokens=128, max_num_seqs=12) as llm:
         core, pool = llm.llm_engine, block_pool(llm)

@@ -88,16 +88,6 @@ def test_what_xformers_cannot_do_is_left_to_triton_and_logged(caplog, monkeypatc
     assert given[2:] == [None]
 
 
-def test_a_refusal_of_xformers_itself_says_what_to_do():
-    """Its own check of this machine, before any kernel runs."""
-    from lola_vllm.kernels import xformers_prefill
-
-    problem = make_problem(3, SUITED, dtype=torch.float16)
-    batch = PrefillBatch(torch.tensor([1]), torch.tensor([0, 3]), torch.tensor([0]))
-    with pytest.raises(RuntimeError, match=r"^LOLA_VLLM_OPS = 'xformers': .* unset the variable"):
-        xformers_prefill.attend(problem.state(), problem.q, problem.k, problem.v, batch)
-
-
 @pytest.mark.parametrize("mixing", ["lola", "lolcats"])
 def test_the_warm_up_asks_for_what_requests_will(monkeypatch, mixing):
     from lola_vllm.kernels import decode, prefill, warmup, xformers_prefill

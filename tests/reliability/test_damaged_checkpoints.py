@@ -1,4 +1,4 @@
-"""Damaged files stop the start and are named; tests/engine/test_options.py has the other cases."""
+"""Files that are damaged, or of another model, stop the start and are named."""
 
 import json
 import os
@@ -48,55 +48,30 @@ def shard(directory):
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
 
-def tensors(change):
-    return lambda directory: edit(directory, change)
-
-
 def put(name, value):
-    return tensors(lambda found: found[LAYER + name].view(-1)[-1:].fill_(value))
+    return lambda directory: edit(directory, lambda found: found[name].view(-1)[-1:].fill_(value))
 
 
-def resize(name, *shape):
-    return tensors(lambda found: found.update({LAYER + name: torch.zeros(shape)}))
-
-
-def drop(name):
-    return tensors(lambda found: found.pop(LAYER + name))
-
-
+MAP, GATES = LAYER + "self_attn.feature_map_k", LAYER + "self_attn.window_factors"
+Q = LAYER + "self_attn.q_proj.weight"
 DAMAGES = {
     "truncated-end": (cut(0.999), ["model.safetensors"]),
     "truncated-header": (cut(0.0001), ["model.safetensors"]),
     "a-shard-is-missing": (shard, ["model-00002-of-00002.safetensors"]),
-    "infinite-query-weights": (
-        put("self_attn.q_proj.weight", torch.inf),
-        [LAYER + "self_attn.q_proj.weight", "not finite"],
-    ),
-    "nan-in-a-gate": (
-        put("self_attn.window_factors", torch.nan),
-        [LAYER + "self_attn.window_factors", "not finite"],
-    ),
-    "nan-in-the-mlp": (
-        put("mlp.up_proj.weight", torch.nan),
-        [LAYER + "mlp.up_proj.weight", "not finite"],
-    ),
-    "key-weights-of-another-size": (
-        resize("self_attn.k_proj.weight", 48, 64),
-        [LAYER + "self_attn.k_proj.weight", "[48, 64]", "[32, 64]"],
-    ),
-    "gates-of-another-model": (
-        resize("self_attn.window_factors", 8),
-        [LAYER + "self_attn.window_factors", "[8]", "[4]"],
+    "infinite-query-weights": (put(Q, torch.inf), [Q, "not finite"]),
+    "nan-in-a-gate": (put(GATES, torch.nan), [GATES, "not finite"]),
+    "maps-of-another-model": (
+        lambda directory: edit(directory, lambda t: t.update({MAP: torch.ones(4, 16, 8)})),
+        [MAP, "number of state heads"],
     ),
     "no-gates": (
-        drop("self_attn.window_factors"),
-        ["missing", LAYER + "self_attn.window_factors"],
+        lambda directory: edit(directory, lambda t: t.pop(GATES)), ["missing", GATES],
     ),
-    "no-value-weights": (
-        drop("self_attn.v_proj.weight"),
-        ["missing", LAYER + "self_attn.v_proj.weight"],
+    "an-extra-tensor": (
+        lambda directory: edit(directory, lambda t: t.update(extra=torch.ones(1))),
+        ["extra", "unexpected"],
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("damage", "words"), DAMAGES.values(), ids=DAMAGES)

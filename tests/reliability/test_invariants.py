@@ -158,7 +158,7 @@ def assert_partition(problem: Problem, views: StateViews, state_index: int, n: i
 
 
 @pytest.mark.parametrize("ops", OPS)
-@cases(short=40, long=2000)
+@cases(short=25, long=2000)
 @given(data=st.data())
 def test_every_position_is_in_exactly_one_memory(ops, data):
     case = data.draw(layers())
@@ -192,7 +192,7 @@ def recall_errors(
 
 
 @pytest.mark.parametrize("ops", OPS)
-@cases(short=40, long=2000)
+@cases(short=25, long=2000)
 @given(data=st.data())
 def test_what_is_kept_is_recalled_no_better_than_what_is_folded(ops, data):
     """At every update, against the hidden state as it was before it."""
@@ -248,7 +248,7 @@ def valid_parts(problem: Problem, views: StateViews, state_index: int, n: int) -
 
 
 @pytest.mark.parametrize("ops", OPS)
-@cases(short=40, long=2000)
+@cases(short=25, long=2000)
 @given(data=st.data())
 def test_any_split_gives_the_same_state_and_answers(ops, data):
     case = data.draw(layers())
@@ -269,7 +269,7 @@ def test_any_split_gives_the_same_state_and_answers(ops, data):
 
 
 @pytest.mark.parametrize("ops", OPS)
-@cases(short=40, long=2000)
+@cases(short=25, long=2000)
 @given(data=st.data())
 def test_any_batch_gives_the_same_state_and_answers(ops, data):
     """Rows in any order and any state_indices, with padding between; the others' pages stay as they
@@ -335,7 +335,7 @@ def test_any_batch_gives_the_same_state_and_answers(ops, data):
 
 
 @pytest.mark.parametrize("ops", OPS)
-@cases(short=40, long=2000)
+@cases(short=25, long=2000)
 @given(data=st.data())
 def test_old_bytes_change_no_bit(ops, data):
     """A page full of NaN, and one that another sequence has used, against a page of zeros."""

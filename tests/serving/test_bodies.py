@@ -127,13 +127,6 @@ def test_refusals_name_field_value_and_remedy(client, body, said, field):
     assert "'loc'" not in error["message"] and "[type=" not in error["message"]  # of pydantic
 
 
-def test_what_is_not_said_to_be_json_is_refused(client):
-    headers = {"Content-Type": "text/plain"}
-    assert (
-        400 <= client.post("/memory", content=b'{"prompt": "x"}', headers=headers).status_code < 500
-    )
-
-
 def test_a_body_of_too_many_bytes_is_not_read(client):
     def pieces():
         for _ in range(100):

@@ -7,8 +7,6 @@ import re
 import pytest
 
 from lola_vllm.command import cli
-from lola_vllm.command.client.chat import chat
-from lola_vllm.command.client.server import Server
 from tests.support.servers import KEY
 
 TEXT = "the hidden state of the window is read by the model "
@@ -53,24 +51,6 @@ def test_sessions_by_command(run, tiny, tmp_path):
     assert "1 states deleted" in run("rm", "cli-c")
     assert "cli-c" not in run("list")
     assert run("show", "cli", "--text") == TEXT * 9 + "\n"
-
-
-def test_many_sessions_by_command(run, tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("VLLM_API_KEY", f"not-{KEY}")
-    mine = [one["session"] for one in tiny.client.get("/v1/lola/sessions").json()["sessions"]]
-    for name in ("many-1", "many-2"):
-        answer = tiny.other.post(f"/v1/lola/sessions/{name}/append", json={"prompt": TEXT * 8})
-        assert answer.status_code == 200, answer.text
-    assert "no session is that old" in run("rm", "--older-than", "1d", "--yes")
-    for _ in range(50):  # until the server has written them
-        words = ["sessions", "export", "--all", str(tmp_path), "--url", tiny.url]
-        if cli.main(words) == 0:
-            break
-    assert {f"many-{i}.lola.safetensors" for i in (1, 2)} <= {p.name for p in tmp_path.iterdir()}
-    assert "many-1: 1 states deleted" in run("rm", "--all", "--yes")
-    assert json.loads(run("list", "--json")) == []
-    kept = [one["session"] for one in tiny.client.get("/v1/lola/sessions").json()["sessions"]]
-    assert kept == mine
 
 
 def test_what_is_wrong_is_said(run, tiny, tmp_path, monkeypatch):
@@ -121,50 +101,3 @@ def test_a_chat_goes_on_in_another_terminal(tiny, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", stdin)
     assert cli.main(["chat", tiny.url, "--session", "talk", "--api-key", KEY]) == 2
     assert "'talk' is at turn 5" in capsys.readouterr().err
-
-
-LOOPS = {"logit_bias": {"65": 100.0}, "max_tokens": 400, "temperature": 0}  # one token for ever
-
-
-def test_a_chat_goes_on_after_an_answer_that_loops_or_is_broken_off(tiny, capsys, monkeypatch):
-    """What is kept of an answer is what the note says, and the next message goes on from there."""
-
-    class Keyboard(io.StringIO):
-        def isatty(self):
-            return True
-
-    class Screen(io.StringIO):
-        """At the fifth word somebody presses Ctrl-C."""
-
-        words = 0
-
-        def write(self, text):
-            if text.strip("> \n"):
-                self.words += 1
-                if self.words == 5:
-                    raise KeyboardInterrupt
-            return super().write(text)
-
-    def talk(text, options):
-        monkeypatch.setattr("sys.stdin", Keyboard(text))
-        assert chat(Server(tiny.url, KEY), "loops", options) == 0
-        return capsys.readouterr().err
-
-    notes = talk("Hello.\nAnd?\n", LOOPS)
-    assert notes.count("[ended at 128 tokens: the answer repeats itself]") == 2
-    detail = tiny.client.get("/v1/lola/sessions/loops").json()
-    assert detail["turn"] == 2
-    # The end of the looping answer is stored: the second turn starts from it.
-    (restored,) = re.findall(r"turn 2: ([\d,]+) tokens restored, ", notes)
-    assert int(restored) > 128
-    assert "cut at 20 tokens" in talk("Hm.\n", LOOPS | {"max_tokens": 20})
-    third = tiny.client.get("/v1/lola/sessions/loops").json()["tokens"]
-
-    monkeypatch.setattr("sys.stdout", Screen())
-    endless = {"ignore_eos": True, "max_tokens": 1500, "repetition_detection": None}
-    notes = talk("Go on.\nOn.\n", LOOPS | endless)
-    monkeypatch.undo()
-    assert "the answer's text is not part of the memory, your message is: turn 4, " in notes
-    # From the end of the turn before, so that no empty answer stands between the two messages.
-    assert re.search(rf"turn 5: {third:,} tokens restored, \d+ read", notes)
-    tiny.client.delete("/v1/lola/sessions/loops")

@@ -14,15 +14,12 @@ import sys
 import pytest
 
 from lola_vllm.command import cli
-from lola_vllm.serving import launch
-from lola_vllm.serving.store_options import StoreOptions
-from tests.support.documented import ROOT, blocks, documented, programs
+from tests.support.documented import ROOT, documented, programs
 from tests.support.servers import KEY
 
 PAGES = sorted({page for page, _ in documented("http")})
 SAID = "the hidden state of the window is read by the model "
 ADDRESS, NAME = "http://127.0.0.1:8000", "smollm2-lola"
-DEMO = f"models/{NAME}"
 
 
 def here(text: str, server) -> str:
@@ -73,27 +70,6 @@ def test_commands_of_a_page_are_answered(page, tiny, tmp_path, monkeypatch):
     for name in ("agent-7", "agent-8", "agent-9", "my-chat", "pump-log", "pumps"):
         tiny.client.delete(f"/v1/lola/sessions/{name}")
     tiny.client.delete(library)
-
-
-def sample(page: str, words: str) -> str:
-    """The block of code of a page that has these words."""
-    (found,) = [text for _, text in blocks(ROOT / page) if words in text]
-    return found
-
-
-def test_the_sample_of_the_start_is_what_is_printed(monkeypatch):
-    """For the demo model on the machine that the sample names."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(launch.cpu, "_flags", lambda: frozenset({"avx2", "avx512_bf16"}))
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_vnni": True})
-    machine = launch.Machine("cpu", 2)
-    plan = launch.plan(DEMO, StoreOptions.parse([]), machine, {})
-    printed = [line.strip() for line in str(plan).splitlines()]
-    shown = sample("docs/serving.md", f"{DEMO}: ").splitlines()
-    assert len(shown) > 20
-    assert [line for line in shown if "..." not in line and line.strip() not in printed] == []
-    left_out = [line for line in printed if line not in [part.strip() for part in shown]]
-    assert len(left_out) <= 6  # where the sample has dots
 
 
 def test_the_programs_for_the_openai_client(tiny, monkeypatch, capsys):

@@ -88,14 +88,10 @@ def test_sixteen_at_once_answer_as_they_would_alone(server):
     ("fields", "words"),
     [
         ({"prompt": "word " * 3000}, "2048"),
-        ({"prompt": ""}, "prompt"),
-        ({"prompt": []}, "prompt"),
         ({"max_tokens": -1}, "max_tokens"),
-        ({"max_tokens": "many"}, "max_tokens"),
-        ({"temperature": -1.0}, "temperature"),
         ({"model": "another"}, "another"),
     ],
-    ids=["too-long", "empty", "no-tokens", "negative", "not-a-number", "cold", "unknown-model"],
+    ids=["too-long", "negative", "unknown-model"],
 )
 def test_bad_requests_are_refused_and_the_server_goes_on(server, fields, words):
     response = complete(server, **fields)

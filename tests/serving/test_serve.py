@@ -1,4 +1,4 @@
-"""What `lola-vllm serve` chooses, in a server that runs: with and without torch.compile."""
+"""What `lola-vllm serve` chooses, in a server that runs."""
 
 from __future__ import annotations
 
@@ -6,16 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from lola_vllm.memory.sessions.names import SHARED
 from lola_vllm.memory.sessions.prefix_hash import PrefixHashes, namespace
-from tests.support.servers import keyless_serving
 from tools.support.server_process import Server
 from tools.support.tiny import random_prompts
-
-# One piece, several, and more than a window and an update.
-PROMPTS = random_prompts([3, 40, 150])
 
 
 def complete(server: Server, prompt: object, **more: object) -> dict[str, Any]:
@@ -24,11 +18,6 @@ def complete(server: Server, prompt: object, **more: object) -> dict[str, Any]:
     response = server.client.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text
     return response.json()
-
-
-def tokens(server: Server) -> list[list[int]]:
-    """Greedy tokens of each prompt, all asked at once."""
-    return [choice["token_ids"] for choice in complete(server, PROMPTS)["choices"]]
 
 
 def test_the_name_is_the_directorys_alone(keyless: Server, shifting: Path) -> None:
@@ -104,18 +93,3 @@ def test_the_last_word_is_the_inspectors_address(keyless: Server) -> None:
     (ready,) = (i for i, line in enumerate(lines) if "Application startup complete" in line)
     assert ready == said + 1
     assert keyless.client.get("/lola/inspector").status_code == 200
-
-
-@pytest.mark.slow
-def test_compiled_answers_are_those_of_eager_ones(
-    keyless: Server, shifting: Path, tmp_path: Path
-) -> None:
-    """torch.compile is the default of `vllm serve`, and of servers on a GPU."""
-    log = tmp_path / "compiled.log"
-    with keyless_serving(shifting, log, "--no-enforce-eager") as server:
-        compiled = tokens(server)
-    assert [len(answer) for answer in compiled] == [40] * len(PROMPTS)
-    assert len({tuple(answer) for answer in compiled}) == len(PROMPTS)
-    assert compiled == tokens(keyless)
-    for words in ("torch.compile runs before", "Warming up model for the compilation"):
-        assert words in log.read_text() and words not in keyless.log.read_text()

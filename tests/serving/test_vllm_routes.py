@@ -6,7 +6,6 @@ import time
 
 import httpx
 import msgspec
-import pytest
 import zmq
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -56,31 +55,6 @@ def test_a_call_of_a_tool_is_found_in_what_the_model_says(lola_server):
     assert json.loads(arguments) == {"city": "Paris"}
 
 
-def test_the_schema_of_a_required_call_holds_for_strict_tools(lola_server):
-    """As docs/features.md says: vLLM enforces the arguments of a tool with `strict` only."""
-    schema = PARAMETERS | {"properties": {"city": {"enum": ["Paris", "Rome"]}}}
-    strict = {"name": "get_weather", "parameters": schema, "strict": True}
-    tool = {"type": "function", "function": strict}
-    named = {"type": "function", "function": {"name": "get_weather"}}
-    for wanted in ("required", named):
-        choice, _ = chat(lola_server, WEATHER, tools=[tool], tool_choice=wanted)
-        (call,) = choice["message"]["tool_calls"]
-        assert call["function"]["name"] == "get_weather"
-        assert json.loads(call["function"]["arguments"])["city"] in ("Paris", "Rome")
-
-
-def test_the_template_of_the_demo_model_shows_no_tools(lola_server):
-    """As docs/features.md says: the model never reads what tools there are."""
-    assert chat(lola_server, WEATHER, tools=[TOOL])[1] == chat(lola_server, WEATHER)[1]
-
-
-def test_tools_that_were_not_switched_on_are_refused(server):
-    answer = post(
-        server, "/v1/chat/completions", 400, messages=WEATHER, tools=[TOOL], tool_choice="auto"
-    )
-    assert "--enable-auto-tool-choice" in answer["error"]["message"]
-
-
 def test_reasoning_is_parted_from_the_answer(server):
     """A model that does not reason is shown how; the parser knows the words of Granite models."""
 
@@ -119,12 +93,6 @@ def test_responses_follow_one_another(lola_server):
     assert "response.output_text.delta" in kinds and kinds[-1] == "response.completed"
 
 
-def test_a_response_that_was_not_stored_is_not_found(server):
-    first = post(server, "/v1/responses", input="Hi", max_output_tokens=4)
-    answer = post(server, "/v1/responses", 404, input="And?", previous_response_id=first["id"])
-    assert f"'{first['id']}' not found" in answer["error"]["message"]
-
-
 def test_messages_of_anthropics_api(lola_server):
     body = {"messages": QUESTION, "max_tokens": 16, "temperature": 0}
     answer = post(lola_server, "/v1/messages", **body)
@@ -149,15 +117,6 @@ def test_messages_want_the_key_as_the_other_routes_do(lola_server):
         assert response.status_code == status
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["/v1/embeddings", "/v1/score", "/v1/rerank", "/pooling", "/classify",
-     "/v1/audio/transcriptions"],
-)  # fmt: skip
-def test_routes_of_other_tasks_are_not_there(lola_server, path):
-    assert post(lola_server, path, 404, input="x") == {"detail": "Not Found"}
-
-
 def test_beams_and_batches_and_scores(lola_server):
     beams = post(
         lola_server, "/v1/completions", prompt="The capital of France is", max_tokens=4,
@@ -169,30 +128,6 @@ def test_beams_and_batches_and_scores(lola_server):
         temperature=0,
     )  # fmt: skip
     assert ["Paris" in c["message"]["content"] for c in batch["choices"]] == [True, True]
-
-
-@pytest.mark.parametrize(
-    ("path", "fields", "words"),
-    [
-        ("/v1/completions", {"prompt": "x", "suffix": "y"}, "suffix is only supported for"),
-        ("/v1/completions", {"prompt_embeds": "AAAA"}, "--enable-prompt-embeds"),
-        (
-            "/v1/chat/completions",
-            {
-                "messages": [
-                    {
-                        "role": "user",
-                        "content": [{"type": "image_url", "image_url": {"url": "data:,x"}}],
-                    }
-                ]
-            },
-            "not a multimodal model",
-        ),
-    ],
-    ids=["suffix", "embeds", "image"],
-)
-def test_what_the_model_cannot_take_is_refused_with_words(lola_server, path, fields, words):
-    assert words in post(lola_server, path, 400, **fields)["error"]["message"]
 
 
 def test_events_of_the_prefix_cache_tell_of_kept_states(lola_server):

@@ -183,31 +183,36 @@ def has_case(item: pytest.Item) -> bool:
     )
 
 
-def one_of_each(cases: list[pytest.Item]) -> list[pytest.Item]:
-    """What is left in the interpreter: of a test, cases with a value that none before them has.
+def chosen(cases: list[pytest.Item], every: int) -> list[pytest.Item]:
+    """Each so-many-th case. In the interpreter, of each test its share of the cases with a value
+    that none before them has, one case at least.
 
-    They are gone through in steps of about 0.6 of their number, so that values mix.
+    They are gone through in steps of about 0.6 of their number, so that values mix, and each test's
+    share begins at another one of them, so that tests together have all values.
     """
     tests: dict[object, list[pytest.Item]] = {}
-    kept = []
+    plain = []
     for case in cases:
         params = case.callspec.params if hasattr(case, "callspec") else {}
         if "backend" in params and BACKENDS[params["backend"]].pace == "interpreted":
             name = case.nodeid.partition("[")[0], params["backend"]
             tests.setdefault(name, []).append(case)
         else:  # also what asks for no back end
-            kept.append(case)
-    for same in tests.values():
+            plain.append(case)
+    kept = plain[::every]
+    for number, same in enumerate(tests.values()):
         step = next(
             n for n in range(round(0.618 * len(same)) or 1, 0, -1) if gcd(n, len(same)) == 1
         )
         seen: set[tuple[str, str]] = set()
+        new = []
         for i in range(len(same)):
             case = same[i * step % len(same)]
             values = {(name, repr(v)) for name, v in case.callspec.params.items()}  # type: ignore[attr-defined]
             if not values <= seen:
-                kept.append(case)
+                new.append(case)
             seen |= values
+        kept += new[number % min(every, len(new)) :: every]
     return kept
 
 

@@ -81,16 +81,6 @@ class Browser:
         mouse = {"type": "pointer", "id": "mouse", "actions": [move]}
         self._do("POST", "/actions", actions=[mouse])
 
-    def tap(self, selector: str) -> None:
-        """Touch an element with a finger."""
-        steps = [
-            {"type": "pointerMove", "origin": {ELEMENT: self._find(selector)}, "x": 0, "y": 0},
-            {"type": "pointerDown", "button": 0},
-            {"type": "pointerUp", "button": 0},
-        ]
-        finger = {"type": "pointer", "id": "finger", "parameters": {"pointerType": "touch"}}
-        self._do("POST", "/actions", actions=[{**finger, "actions": steps}])
-
     def resize(self, width: int, height: int, *, dark: bool = False) -> None:
         """Give the page this size, in CSS pixels, and the light or the dark scheme."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}

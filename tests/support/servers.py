@@ -50,10 +50,9 @@ KEY = "a-secret-key"  # of the server that wants one
 NOT_COMPILED = {"TORCHDYNAMO_DISABLE": "1"}
 
 
-def keyless_serving(model: Path, log: Path, *options: str) -> AbstractContextManager[Server]:
-    """`lola-vllm serve` of a tiny model, without keys, compiled where `options` say so."""
-    environment = {} if "--no-enforce-eager" in options else NOT_COMPILED
+def keyless_serving(model: Path, log: Path) -> AbstractContextManager[Server]:
+    """`lola-vllm serve` of a tiny model, without keys."""
     command = [str(BIN / "lola-vllm"), "serve", str(model), "--dtype", "float32",
                "--max-num-seqs", "16", "--max-num-batched-tokens", "256",
-               "--max-model-len", "2048", *options]  # fmt: skip
-    return serving(log, command, **environment)
+               "--max-model-len", "2048"]  # fmt: skip
+    return serving(log, command, **NOT_COMPILED)

@@ -19,6 +19,7 @@ PARTS = {  # of the table -> its row
     for at, row in enumerate(TABLE[1].splitlines())
     for path in re.findall(r"`([\w/]+/)`:", row)
 }
+PACKAGE = ROOT / "lola_vllm"
 BOTH_WAYS = {("kernels/", "lola_vllm/core/"), ("lola_vllm/core/", "kernels/")}
 ENTRIES = ("__init__.py", "__main__.py")  # of lola_vllm: they lead to the plugin and the commands
 
@@ -77,6 +78,17 @@ def test_imports_lead_to_a_row_below():
     assert {pair for pair in found if PARTS[pair[0]] >= PARTS[pair[1]]} == BOTH_WAYS
 
 
+def test_inner_rooms_know_nothing_of_vllm():
+    inner = (PACKAGE / room for room in ("core", "models", "memory"))
+    knowing = {
+        file.name
+        for room in inner
+        for file in room.rglob("*.py")
+        if any(name.partition(".")[0] == "vllm" for name in imports(file))
+    }
+    assert knowing == set()
+
+
 def test_no_imports_go_in_a_circle():
     """Those for type checkers count."""
     files = {file.relative_to(ROOT).as_posix().removesuffix(".py"): file for file in modules()}
@@ -123,21 +135,6 @@ def test_every_folder_of_code_has_a_readme():
     folders |= {ROOT / name for name in ("lola_vllm", "kernels", "serving", "benchmarks")}
     folders |= {ROOT / name for name in ("csrc", "csrc/cpu", "csrc/cuda", "tools", "tests")}
     assert {readme.parent for readme in READMES} == folders
-
-
-@each
-def test_a_readme_names_every_file_of_its_folder(readme):
-    folder = readme.parent
-    words = named(readme)
-    files = [file for file in folder.rglob("*") if file.suffix in SOURCES]
-    if folder.name == "tests":  # its folders are enough
-        files = [file for file in files if file.parent == folder]
-        below = {file.parent.name for file in folder.glob("*/*.py")}
-        assert {f"{name}/" for name in below} <= set(words)
-    nearest = [next(up for up in file.parents if (up / "README.md").is_file()) for file in files]
-    for file, owner in zip(files, nearest, strict=True):
-        if owner == folder and file.name != "__init__.py":
-            assert file.relative_to(folder).as_posix() in words, file
 
 
 @each

@@ -57,10 +57,6 @@ def test_links_lead_somewhere(page):
         assert not anchor or target.suffix == ".svg" or anchor in anchors(target), link
 
 
-def test_the_readme_stays_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
-
-
 def test_every_page_is_in_the_sites_menu():
     menu = (ROOT / "mkdocs.yml").read_text()
     pages = [page.relative_to(DOCS).as_posix() for page in PAGES if page.is_relative_to(DOCS)]

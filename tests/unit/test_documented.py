@@ -1,6 +1,6 @@
 """Commands and programs of the documentation run as they stand, on tiny models.
 
-tests/support/documented.py has a row for each, and says why some are not run.
+tests/support/documented.py says which.
 tests/serving/test_documented.py runs those that ask a server.
 """
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from lola_vllm.command import cli
 from lola_vllm.core.config import importance_size
 from lola_vllm.models.calibration import importance_tensors, save_calibration
-from tests.support.documented import COMMANDS, PAGES, ROOT, commands, documented, fate, programs
+from tests.support.documented import ROOT, commands, documented, programs
 from tests.support.families import make_base
 from tools.support.speaking import make_speaking
 from tools.support.tiny import VOCAB
@@ -51,27 +51,11 @@ def page_and_command(how: str) -> pytest.MarkDecorator:
     )
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_every_command_is_run_or_says_why_not(page):
-    for command in commands(page):
-        _, found = fate(command)
-        assert found.how or found.why, command
-
-
-def test_every_row_is_of_a_command_and_names_a_test_that_is_there():
-    used = {fate(command)[0] for page in PAGES for command in commands(page)}
-    assert list(COMMANDS) == [pattern for pattern in COMMANDS if pattern in used]
-    for found in COMMANDS.values():
-        assert not found.test or (ROOT / found.test).is_file(), found.test
-    assert len(documented("cli")) >= 15 and len(documented("http")) >= 15
-
-
-def test_a_command_without_a_row_is_found(tmp_path):
+def test_commands_are_found_on_a_page(tmp_path):
     page = tmp_path / "page.md"
     page.write_text('Run\n\n    lola-vllm frob \\\n      --x "a\n      b"  # why\n\nand see.\n')
     assert list(commands(page)) == ['lola-vllm frob --x "a b"']
-    with pytest.raises(LookupError, match="frob"):
-        fate("lola-vllm frob")
+    assert len(documented("cli")) >= 15 and len(documented("http")) >= 15
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,8 @@ from tests.support.backends import (
     BACKENDS,
     IN_PROCESS,
     build_emulation,
+    chosen,
     has_case,
-    one_of_each,
     open_backend,
 )
 
@@ -59,8 +59,7 @@ def pytest_collection_modifyitems(config, items):
         return has_case(item)
 
     suite = [item for item in items if item.path.is_relative_to(HERE)]
-    cases = one_of_each([*filter(is_case, suite)])
-    left_out = set(suite) - set(cases[:: config.getoption("--every")])
+    left_out = set(suite) - set(chosen([*filter(is_case, suite)], config.getoption("--every")))
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
 

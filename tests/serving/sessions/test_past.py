@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import httpx
@@ -81,22 +80,6 @@ def test_the_answer_is_that_of_the_present_and_the_segment(tiny: Server, told: s
     tiny.client.delete(f"{BASE}/{told}-by-hand")
 
 
-def test_a_stream_says_the_same(tiny: Server, told: str) -> None:
-    ok(tiny.client.post(f"{BASE}/{told}/fork", json={"to": f"{told}-2"}))
-    answer = ok(ask(tiny, told))
-    body = {"prompt": QUESTION, "recall": "segments", "stream": True, **GREEDY}
-    with tiny.client.stream("POST", f"{BASE}/{told}-2/complete", json=body) as stream:
-        events = [line[6:] for line in stream.iter_lines() if line.startswith("data: ")]
-    *words, last = map(json.loads, events[:-1])
-    assert events[-1] == "[DONE]"
-    text = "".join(word["choices"][0]["text"] for word in words if word["choices"])
-    assert text == answer["choices"][0]["text"]
-    one, other = answer["kv_transfer_params"]["lola"], last["kv_transfer_params"]["lola"]
-    assert other["recalled"] == one["recalled"] and other["tokens"] == one["tokens"]
-    assert said(tiny, f"{told}-2") == said(tiny, told)
-    tiny.client.delete(f"{BASE}/{told}-2")
-
-
 def test_a_chat_goes_on_after_what_came_back(tiny: Server, told: str) -> None:
     message = {"messages": [{"role": "user", "content": QUESTION}], **GREEDY}
     answer = ok(tiny.client.post(f"{BASE}/{told}/chat", json={**message, "recall": "segments"}))
@@ -109,15 +92,6 @@ def test_a_chat_goes_on_after_what_came_back(tiny: Server, told: str) -> None:
     content = answer["choices"][0]["message"]["content"]
     rest = text.removeprefix(TEXT)
     assert rest.count(f"user: {QUESTION}\n") == 2 and content in rest
-
-
-def test_what_is_short_is_answered_as_ever(tiny: Server) -> None:
-    ok(tiny.client.post(f"{BASE}/past-short/append", json={"prompt": TEXT[:300]}))
-    answer = ok(ask(tiny, "past-short"))
-    assert "recalled" not in answer["kv_transfer_params"]["lola"]
-    assert not parts_of(tiny.client, "past-short")
-    new = ok(ask(tiny, "past-new", TEXT[:40]))
-    assert new["kv_transfer_params"]["lola"]["session"] == "past-new"
 
 
 def test_what_cannot_recall_is_refused(tiny: Server, told: str) -> None:

@@ -234,33 +234,19 @@ def test_a_request_without_a_key_has_no_stored_states(tiny):
     assert told(again)["restored_tokens"] == len(ids)
 
 
-def test_salts_part_sessions_of_one_key(tiny):
-    ok(post(tiny, "salted/append", prompt=TEXT, cache_salt="sea"))
-    refused(tiny.client.get(f"{BASE}/salted"), 404, "'salted'")
-    found = tiny.client.get(f"{BASE}/salted", headers={"X-Cache-Salt": "sea"})
-    assert ok(found)["turn"] == 1
-    refused(tiny.client.get(BASE, headers={"X-Cache-Salt": "a" * 200}), 400, "cache_salt")
-
-
 BAD = {
     "name": ("a b/append", {"prompt": "x"}, 400, "session = 'a b'"),
     "long-name": (f"{'a' * 65}/chat", {"messages": user("x")}, 400, "1 to 64"),
     "turn-of-nothing": ("none@2/append", {"prompt": "x"}, 404, "'none'"),
-    "expected-turn": ("none/append", {"prompt": "x", "turn": 3}, 404, "'none'"),
     "expected-tokens": ("none/append", {"prompt": "x", "tokens": 3}, 404, "'none'"),
-    "fork-of-nothing": ("none/fork", {"to": "some"}, 404, "'none'"),
     "fork-to-no-name": ("none/fork", {"to": "../x"}, 400, "to = '../x'"),
     "nothing-to-read": ("none/append", {}, 400, "give one of 'prompt'"),
     "unknown-field": ("none/append", {"prompt": "x", "tll": 3}, 400, "nearest valid name: 'ttl'"),
-    "no-time": ("none/append", {"prompt": "x", "ttl": 0}, 400, "ttl = 0"),
     "no-token": ("none/append", {"prompt": [99999]}, 400, "token id 99999"),
     "too-long": ("none/append", {"prompt": [5] * 2048}, 400, "from 1 to 2047"),
     "two-answers": ("none/chat", {"messages": user("x"), "n": 2}, 400, "n = 2"),
     "stop": ("none/complete", {"prompt": "x", "stop": ["."]}, 400, "stop_token_ids"),
     "beams": ("none/complete", {"prompt": "x", "use_beam_search": True}, 400, "use_beam_search"),
-    "id": ("none/chat", {"messages": user("x"), "session_id": "y"}, 400, "the address names"),
-    "batch": ("none/complete", {"prompt": ["x", "y"]}, 400, "prompt"),
-    "empty": ("none/complete", {"prompt": ""}, 400, "prompt"),
     "model": ("none/chat", {"messages": user("x"), "model": "y"}, 404, "`y`"),
 }
 
@@ -309,12 +295,11 @@ def assert_same_words(mine, theirs):
     assert mine["finish_reason"] == theirs["finish_reason"]
 
 
-@pytest.mark.parametrize("max_tokens", [60, 8], ids=["to-the-end", "cut"])
-def test_a_chat_by_its_new_messages_equals_the_whole_chat_sent_again(lola_server, max_tokens):
+def test_a_chat_by_its_new_messages_equals_the_whole_chat_sent_again(lola_server):
     """The demo model with a real template, whose answers end by themselves or are cut."""
-    common = {"temperature": 0, "max_tokens": max_tokens, "return_token_ids": True}
+    common = {"temperature": 0, "max_tokens": 20, "return_token_ids": True}
     common |= {"logprobs": True, "top_logprobs": 2}
-    name, messages, before = f"whole-{max_tokens}", [], 0
+    name, messages, before = "whole", [], 0
     for question in QUESTIONS:
         answer = ok(post(lola_server, f"{name}/chat", messages=user(question), **common))
         messages += user(question)

@@ -112,18 +112,9 @@ def test_distill(monkeypatch: pytest.MonkeyPatch, given: str, options: DistillOp
             RecallPlan(["vt", "niah-3"], [32, 64], 2, 3),
         ),
         (
-            "recall --tasks niah-3 --distances 200,100",
-            RecallPlan(["niah-3"], [], distances=[100, 200]),
-        ),
-        (
-            "recall --tasks niah-3 --distances 100 --lengths 900,800",
-            RecallPlan(["niah-3"], [800, 900], distances=[100]),
-        ),
-        (
             "recall --tasks chat-fact --texts t --lengths 900 --distances 300",
             ChatPlan(["chat-fact"], [900], [300], "t"),
         ),
-        ("copy --texts t", CopyPlan("t")),
         (
             "copy --texts t --kinds code,prose --lengths 900,800 --distances 300 --samples 2 "
             "--seed 4",

@@ -1,7 +1,6 @@
 """`lola_config`: validated once, refused with the field, the value and the remedy."""
 
 import copy
-import json
 
 import pytest
 from transformers import AutoConfig
@@ -16,13 +15,6 @@ from lola_vllm.core.config import (
 )
 
 
-def test_defaults_are_the_authors():
-    config = LolaConfig()
-    assert (config.window_size, config.update_interval, config.sink_size) == (64, 64, 0)
-    assert (config.mixing, config.sparse_sharing) == ("lola", "none")
-    assert config.sparse_dtype == "model"
-
-
 def test_the_interval_follows_the_window_unless_it_is_given():
     assert LolaConfig(window_size=9).update_interval == 9
     assert LolaConfig(window_size=9, update_interval=None).update_interval == 9
@@ -33,22 +25,15 @@ def test_the_interval_follows_the_window_unless_it_is_given():
     ("fields", "message"),
     [
         ({"windowsize": 3}, "lola_config.windowsize: unknown key; nearest valid name: 'window_siz"),
-        ({"sinks": 3}, "nearest valid name: 'sink_size'"),
         ({"window_size": 0}, "lola_config.window_size = 0: must be greater than or equal to 1"),
         ({"window_size": "64"}, "lola_config.window_size = '64': must be a valid integer"),
-        ({"window_size": True}, "lola_config.window_size = True"),
-        ({"sparse_cache_size": -1}, "lola_config.sparse_cache_size = -1"),
         (
             {"sparse_cache_size": [3, -1]},
             r"sparse_cache_size = \[3, -1\]: must be an integer of at least 0, or a list",
         ),
-        ({"sparse_cache_size": []}, "lola_config.sparse_cache_size = "),
         ({"sparse_cache_size": [3, True]}, "lola_config.sparse_cache_size = "),
-        ({"sparse_cache_size": [[]]}, "lola_config.sparse_cache_size = "),
         ({"sparse_cache_size": [[1, -1]]}, "lola_config.sparse_cache_size = "),
-        ({"sparse_cache_size": [[1, [2]]]}, "lola_config.sparse_cache_size = "),
         ({"update_interval": 0}, "lola_config.update_interval = 0"),
-        ({"context_shift": -1}, "lola_config.context_shift = -1: must be greater than or"),
         ({"context_shift": 2.0}, "lola_config.context_shift = 2.0: must be a valid integer"),
         ({"mixing": "half"}, "lola_config.mixing = 'half': must be 'lola' or 'lolcats'"),
         ({"sparse_dtype": "int4"}, "lola_config.sparse_dtype = 'int4': must be 'model' or 'int8'"),
@@ -153,19 +138,6 @@ def test_facts_of_tensors_are_no_part_of_the_file(tmp_path):
     config.save_pretrained(tmp_path)
     assert "facts" not in (tmp_path / "config.json").read_text()
     assert not DecoderConfig.from_pretrained(tmp_path).has_facts
-
-
-def test_sizes_of_all_heads_take_few_lines(tmp_path):
-    sizes = [[18, 400, 20 + i] for i in range(30)]
-    config = config_class("llama")(lola_config={"sparse_cache_size": sizes, "sink_size": 4})
-    config.save_pretrained(tmp_path)
-    text = (tmp_path / "config.json").read_text()
-    assert json.loads(text)["lola_config"]["sparse_cache_size"] == sizes
-    lines = [line for line in text.splitlines() if "400" in line]
-    assert len(lines) < 7 and max(map(len, lines)) <= 100
-    assert all(
-        line.strip(" ,").startswith("[") and line.strip(" ,").endswith("]") for line in lines
-    )
 
 
 def test_assignment_merges_and_is_checked():

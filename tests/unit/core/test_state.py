@@ -99,20 +99,6 @@ def test_int8_pairs_take_a_byte_per_number_and_two_scales(kv_dtype):
     assert all(page.parts[name] == plain.parts[name] for name in others)
 
 
-def test_bytes_of_the_8b_layouts():
-    """MiB per sequence for Llama-3.1-8B at eta 64, lam 512 (32 layers, 32 and 8 heads, d 128)."""
-
-    def mib(state_heads, sharing):
-        config = LolaConfig(sparse_cache_size=512, sparse_sharing=sharing)
-        page = StateLayout.from_config(config, 8, state_heads, 128, 64, torch.bfloat16)
-        positions = page.part_bytes["positions"]
-        return 32 * (sum(page.part_bytes.values()) - positions) / 2**20
-
-    assert mib(32, "none") == pytest.approx(330, abs=8.5)
-    assert mib(32, "kv_head") == pytest.approx(137, abs=8.5)
-    assert mib(8, "none") == pytest.approx(89, abs=8.5)
-
-
 @pytest.mark.parametrize("interval", [1, 4, 10, 13])
 @pytest.mark.parametrize("sink", [0, 3, 12])
 def test_counts_follow_a_simulation(interval, sink):

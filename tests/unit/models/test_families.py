@@ -16,50 +16,16 @@ import lola_vllm.engine.hf  # noqa: F401  (makes transformers know LoLA models)
 from lola_vllm.core.config import DecoderConfig, LolaConfigError, config_class
 from lola_vllm.engine.estimate import estimate
 from lola_vllm.engine.hf import LolaCache
-from lola_vllm.models import CheckpointError, check_tensors, expected_tensors
+from lola_vllm.models import CheckpointError, expected_tensors
 from lola_vllm.models.base import lola_fields
 from lola_vllm.models.convert import convert_checkpoint
 from lola_vllm.models.families import check_base
-from lola_vllm.models.files import read_shapes
 from lola_vllm.models.init import init_checkpoint
 from lola_vllm.models.rope import _apply, angles
 from tests.support.families import FAMILIES, OTHERS, make_base
 from tests.support.lolcats_files import distill_tensors, lora_tensors, save
 
 PATH = Path("base/config.json")
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_schema_of_a_llama_is_the_stock_model_and_its_maps(
-    tmp_path: Path, family: str, tied: bool
-) -> None:
-    stock = make_base(tmp_path / "base", family, tie_word_embeddings=tied).state_dict()
-    config = init_checkpoint(tmp_path / "base", tmp_path / "lola", {})
-    assert (config.qkv_bias, config.qk_norm) == (family == "qwen2", family == "qwen3")
-    written = load_file(tmp_path / "lola" / "model.safetensors")
-    assert {name: tuple(t.shape) for name, t in written.items()} == expected_tensors(config)
-    assert ("lm_head.weight" in written) != tied
-    for name, tensor in written.items():
-        if name in stock:
-            assert torch.equal(tensor, stock.pop(name))
-    assert set(stock) == ({"lm_head.weight"} if tied else set())
-
-
-@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
-def test_no_field_and_no_tensor_of_the_base_is_lost(tmp_path: Path, family: str) -> None:
-    make_base(tmp_path / "base", family)
-    config = init_checkpoint(tmp_path / "base", tmp_path / "lola", {})
-    before, after = (
-        json.loads((tmp_path / name / "config.json").read_text()) for name in ("base", "lola")
-    )
-    same = set(before) - {"model_type", "architectures"}
-    assert {key: after[key] for key in same} == {key: before[key] for key in same}
-    assert (after["model_type"], after["base_model_type"]) == ("lola", family)
-    base, lola = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "lola"))
-    assert base.keys() < lola.keys()
-    assert all(torch.equal(lola[name], tensor) for name, tensor in base.items())
-    assert estimate(tmp_path / "base").config.facts == config.facts
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, *OTHERS])
@@ -72,6 +38,18 @@ def both(
     small = {"window_size": 8, "sparse_cache_size": 8, "sink_size": 2}
     init_checkpoint(out / "base", out / "lola", small)
     return base, out / "lola"
+
+
+def test_no_field_and_no_tensor_of_the_base_is_lost(both: tuple[PreTrainedModel, Path]) -> None:
+    lola, base = both[1], both[1].with_name("base")
+    before, after = (json.loads((path / "config.json").read_text()) for path in (base, lola))
+    same = set(before) - {"model_type", "architectures"}
+    assert {key: after[key] for key in same} == {key: before[key] for key in same}
+    assert (after["model_type"], after["base_model_type"]) == ("lola", before["model_type"])
+    old, new = (load_file(path / "model.safetensors") for path in (base, lola))
+    assert old.keys() < new.keys()
+    assert all(torch.equal(new[name], tensor) for name, tensor in old.items())
+    assert estimate(base).config.facts == estimate(lola).config.facts
 
 
 @torch.no_grad()
@@ -213,14 +191,10 @@ def test_a_base_that_transformers_does_not_know_is_named() -> None:
         ({"model_type": "gpt_oss"}, "learned sinks"),
         ({"model_type": "gemma3", "vision_config": {}}, "reads more than text"),
         ({"model_type": "deepseek_v3"}, "latent attention"),
-        ({"model_type": "qwen3_next"}, "linear_attention"),
         ({"model_type": "mamba2"}, "linear_attention|no decoder layers"),
-        ({"model_type": "gpt2"}, "no decoder layers with attention"),
         ({"model_type": "t5"}, "has an encoder"),
-        ({"model_type": "bert"}, "no decoder layers"),
         ({"model_type": "lola"}, "a LoLA model already"),
         ({"model_type": "of-next-year"}, "knows no such model"),
-        ({"model_type": 3}, "config.json has no model_type"),
         ({}, "config.json has no model_type"),
         ({"model_type": "qwen3", "hidden_size": "wide"}, "hidden_size"),
     ],
@@ -235,16 +209,3 @@ def test_windows_that_no_layer_uses_are_no_obstacle() -> None:
     """Qwen's switch may be on while its first windowed layer lies beyond the last."""
     raw = {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 28}
     check_base(PATH, {**raw, "num_hidden_layers": 28})
-
-
-def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    make_base(tmp_path / "base", "qwen3")
-    config = init_checkpoint(tmp_path / "base", tmp_path / "lola", {})
-    found = read_shapes(tmp_path / "lola")
-    del (
-        found["model.layers.1.self_attn.k_norm.weight"],
-        found["model.layers.0.self_attn.q_proj.weight"],
-    )
-    with pytest.raises(CheckpointError, match=r"missing \(2\)") as error:
-        check_tensors(expected_tensors(config), found)
-    assert "k_norm.weight" in str(error.value)

@@ -25,9 +25,20 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("schedule", [None, ShiftSchedule(32, 8)], ids=["plain", "shifting"])
-@pytest.mark.parametrize("stops", [256, 10])
+SHIFTING = ShiftSchedule(32, 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "schedule", "stops"),
+    [
+        ("interval-is-window", None, 256),
+        ("paper", SHIFTING, 10),
+        ("sinks", SHIFTING, 256),
+        ("importance", None, 10),
+        ("no-cache", None, 256),
+    ],
+    ids=CONFIGS,
+)
 def test_residencies_are_the_references_choices(kind, schedule, stops, monkeypatch):
     monkeypatch.setattr(history, "MAX_STOPS", stops)
     n = 75

@@ -61,12 +61,6 @@ def test_threads_spin_on_an_idle_machine_alone(model):
         assert not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(chosen(model, env={name: "1"}))
 
 
-def test_on_a_gpu(model):
-    found = chosen(model, machine=GPU)
-    assert found["--max-num-seqs"] == "256"
-    assert not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(found) and "VLLM_PLUGINS" in found
-
-
 # What says that prefix caching is wanted, or leaves no store to take its place.
 CACHING = (
     ["--enable-prefix-caching"], ["--block-size", "64"], ["--lola-state-ram", "0"],
@@ -138,13 +132,6 @@ def test_the_name_is_the_directorys(model, monkeypatch):
     assert chosen(".")["--served-model-name"] == "lola"
 
 
-def test_answers_tell_of_cached_tokens(model):
-    assert "--enable-prompt-tokens-details" in chosen(model)
-    assert "--enable-prompt-tokens-details" not in chosen(
-        model, "--no-enable-prompt-tokens-details"
-    )
-
-
 def test_what_is_no_directory_is_left_to_vllm():
     launched = plan("someone/model", ["--port", "80"])
     assert launched.command[1:3] == ["serve", "someone/model"]
@@ -188,14 +175,6 @@ def test_dry_run_starts_nothing_wherever_it_stands(model, named, last, capsys, m
     assert cli.main(["serve", *words]) == 0
     running = capsys.readouterr().out.splitlines()[-1]
     assert f"serve {name} " in running
-
-
-def test_options_of_the_store_may_stand_before_the_model(model, capsys, monkeypatch):
-    monkeypatch.setattr(launch, "this_machine", lambda cpus: CPU)
-    words = ["--lola-state-ram", "1GiB", "--lola-list-sessions", "--dry-run", str(model)]
-    assert cli.main(["serve", *words, "--lola-state-dir", "/x"]) == 0
-    given = '{"lola": {"state_ram": "1GiB", "list_sessions": true, "state_dir": "/x"}}'
-    assert f"--additional-config {given}" in capsys.readouterr().out
 
 
 def test_keys_are_not_printed_but_passed_on(model, capsys, monkeypatch):
@@ -263,22 +242,6 @@ def test_the_users_store_is_taken(model, options, stored):
     assert launched.command[-2:] == ["--port", "8123"]
     assert all(json.loads(value).get("a", 1) == 1 for value in values)
     assert ('"a": 1' in "".join(options)) == any("a" in json.loads(value) for value in values)
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        (["--lola-state-ram", "0"], "nothing is stored"),
-        (["--lola-store=none", "--lola-state-dir", "/x"], "nothing is stored"),
-        (["--lola-state-dir", "/x"], "those of conversations with a name also in /x"),
-        (["--lola-state-dir", "/x", "--lola-store=all"], "those of conversations also in /x"),
-        (["--lola-list-sessions"], "in memory only"),
-    ],
-)
-def test_the_reason_of_a_store_is_true(model, options, reason):
-    (choice,) = [c for c in plan(model, options).options
-                 if c.name == "--additional-config"]  # fmt: skip
-    assert reason in choice.reason
 
 
 @pytest.mark.parametrize(

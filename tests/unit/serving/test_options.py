@@ -30,12 +30,3 @@ def test_errors_of_a_config_file_show_nothing_of_it(tmp_path, text):
     with pytest.raises(CheckpointError) as error:
         named_options(["--config", str(path)])
     assert str(path) in str(error.value) and "SECRET" not in str(error.value)
-
-
-def test_a_config_file_that_is_missing_or_no_text(tmp_path):
-    with pytest.raises(CheckpointError, match=r"--config nowhere\.yaml: cannot be read"):
-        named_options(["--config", "nowhere.yaml"])
-    path = tmp_path / "binary.yaml"
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        named_options(["--config", str(path)])

@@ -182,48 +182,8 @@ def test_what_is_left_of_an_answer_that_was_broken_off(script, say, monkeypatch,
     assert (script.bodies[1]["turn"], script.bodies[1]["tokens"]) == place
 
 
-def test_a_message_that_was_read_after_all_is_gone_on_from(script, say, monkeypatch):
-    """And a turn of somebody else is not."""
-    script.answers = [(["a", "b"], "unread"), (["d"], "stop")]
-
-    class Late(Keyboard):
-        def readline(self):
-            line = super().readline()
-            if line.startswith("y"):
-                script.sessions["talk"] = 1, 10, "prompt"
-            return line
-
-    monkeypatch.setattr("sys.stdout", Screen())
-    monkeypatch.setattr("io.StringIO", Late)
-    say("x\ny\n")
-    assert (script.bodies[1]["turn"], script.bodies[1]["tokens"]) == (1, 10)
-    script.answers = [(["a", "b"], "hangs"), (["d"], "stop")]
-    script.sessions["talk"] = 4, 40, "answer"
-
-    class Other(Keyboard):
-        def readline(self):
-            line = super().readline()
-            if line.startswith("y"):
-                script.sessions["talk"] = 6, 60, "answer"
-            return line
-
-    monkeypatch.setattr("io.StringIO", Other)
-    say("x\ny\n")
-    assert (script.bodies[3]["turn"], script.bodies[3]["tokens"]) == (5, 50)
-
-
 def test_in_a_pipe_ctrl_c_ends_all(script, say, monkeypatch):
     script.answers = [(["a", "b"], "hangs"), (["d"], "stop")]
     monkeypatch.setattr("sys.stdout", Screen())
     assert say("x\ny\n")[0] == INTERRUPTED
     assert len(script.bodies) == 1
-
-
-def test_at_the_prompt_ctrl_c_ends_the_chat(script, say, monkeypatch):
-    class Left(Keyboard):
-        def readline(self):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr("io.StringIO", Left)
-    assert say("")[0] == 0
-    assert not script.bodies

@@ -114,23 +114,6 @@ def test_a_run_that_is_killed_in_every_stage_ends_as_one_that_is_not(
         assert torch.equal(value, again[name]), name
 
 
-def test_a_model_with_biases_is_made_and_served(command: list[str], tmp_path: Path) -> None:
-    """Of a Qwen2. In transformers, by the ops that serve, it reads beyond its window."""
-    from transformers import AutoModelForCausalLM
-
-    import lola_vllm.engine.hf  # noqa: F401  # registers the model
-
-    qwen = write_base(tmp_path / "qwen", "qwen2", max_position_embeddings=1024)
-    command[command.index("--base") + 1] = str(qwen)
-    assert cli.main(command) == 0
-    made = json.loads((tmp_path / "lola" / "config.json").read_text())
-    assert made["base_model_type"] == "qwen2"
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "lola", dtype=torch.float32)
-    ids = torch.randint(256, (1, 200), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        assert model(ids).logits.isfinite().all()
-
-
 def test_a_dry_run_says_the_plan_and_writes_nothing(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,14 +14,12 @@ from lola_vllm.command.linearize.recipe import (
     check,
     derive,
     from_json,
-    growing_rows,
     pairs_in,
     state_bytes,
     with_sizes,
 )
 from lola_vllm.models.base import parse_config, read_base_config
 from lola_vllm.models.files import CheckpointError
-from lola_vllm.training.distill.options import DistillOptions
 
 SMOLLM2 = dict(
     model_type="llama", hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
@@ -77,12 +75,6 @@ def test_memory_is_used_up_and_no_more(tmp_path: Path, mib: float) -> None:
     assert rows == (1024, 4096, 2048)  # more memory needs no longer rows
 
 
-def test_rows_of_a_long_base_are_fewer_and_longer(tmp_path: Path) -> None:
-    made = derive(write(tmp_path / "qwen", QWEN), text_bytes=TEXTS)
-    assert (made.train.rows, made.train.row_length) == (12, 32768)
-    assert max(made.evaluate.lengths) == 4096
-
-
 @pytest.mark.parametrize("length", [256, 512, 1000, 2048, 131072])
 @pytest.mark.parametrize("scale", [0.02, 1.0, 10.0])
 def test_every_stage_folds_something(tmp_path: Path, length: int, scale: float) -> None:
@@ -135,14 +127,6 @@ def test_little_time_also_takes_fewer_prompts_and_questions(tmp_path: Path) -> N
     assert (less.train.rows, less.train.row_length) == (7, 16384)
 
 
-def test_rows_that_grow_have_the_tokens_asked_for() -> None:
-    rows = growing_rows(393_216, 1024, 4096)
-    assert rows == 224
-    options = DistillOptions(lora_rows=rows, lora_row_length=1024, lora_last_row_length=4096)
-    assert options.lora_tokens == 393_216
-    assert growing_rows(10, 1024, 4096) == 7
-
-
 def test_an_expert_overrides(smollm2: Path) -> None:
     """Later stages take what they share with an earlier one from there."""
     made = derive(smollm2, text_bytes=TEXTS)
@@ -167,26 +151,14 @@ def test_an_expert_overrides(smollm2: Path) -> None:
     assert from_json(json.loads(json.dumps(dataclasses.asdict(changed)))) == changed
 
 
-def test_a_recipe_of_another_version(smollm2: Path) -> None:
-    values = dataclasses.asdict(derive(smollm2, text_bytes=TEXTS))
-    with pytest.raises(CheckpointError, match="begun by another version"):
-        from_json({**values, "train": {**values["train"], "lora_warm_up": 0.1}})
-    with pytest.raises(CheckpointError, match="begun by another version"):
-        from_json({"window_size": 64})
-
-
 @pytest.mark.parametrize(
     "overrides, message",
     [
         ({"lora_rank": 32}, "unknown key 'lora_rank'; did you mean 'train.lora_rank'"),
         ({"train": {"lora_ranks": 32}}, "unknown key 'train.lora_ranks'; .*'train.lora_rank'"),
         ({"train": {"lora_rank": "32"}}, "train.lora_rank = '32'"),
-        ({"train": {"lora_rank": 2.5}}, "train.lora_rank = 2.5"),
-        ({"train": {"lora_rank": -1}}, "train.lora_rank = -1"),
         ({"train": {"train_windows": 64}}, "train.train_windows = 64"),
-        ({"train": {"gradient_checkpointing": 1}}, "train.gradient_checkpointing = 1"),
         ({"train": {"lola_config": {"sparse_cache_size": 8}}}, "'train.lola_config.sparse_cache"),
-        ({"calibrate": 8}, "calibrate = 8: must be an object"),
         ({"train_on": {"lora_rank": 8}}, "train_on.lora_rank = 8: must be that of train, 16"),
     ],
 )
@@ -211,8 +183,3 @@ def test_little_memory_computes_activations_twice(smollm2: Path) -> None:
         assert getattr(tight, part).gradient_checkpointing
     config = parse_config(smollm2, read_base_config(smollm2))
     assert plan.peak_bytes(config, tight) < plan.peak_bytes(config, roomy)
-
-
-def test_parameters_are_counted(smollm2: Path) -> None:
-    config = parse_config(smollm2, read_base_config(smollm2))
-    assert plan.parameters(config) == pytest.approx(134.5e6, rel=0.01)

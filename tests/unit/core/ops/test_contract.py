@@ -49,9 +49,6 @@ def test_what_fits_is_bound(dtype):
         ("feature_map_q", lambda w: w[:3], r"shape \[3, 16, 6\], expected \[6, 16, 6\]"),
         ("key_maps", lambda w: w[:, :2], r"shape \[1, 2, 16, 6\], expected \[1, 6, 16, 6\]"),
         ("log_gate", lambda w: w[:, None], r"shape \[6, 1\], expected \[6\]"),
-        ("key_maps", lambda w: w.bfloat16(), "must be torch.float32 and contiguous"),
-        ("log_gate", lambda w: w.half(), "must be torch.float32 and contiguous"),
-        ("feature_map_q", lambda w: w.double(), "must be torch.float32 and contiguous"),
         ("feature_map_q", lambda w: w.mT.contiguous().mT, "and contiguous"),
         ("key_maps", lambda w: w.to("meta"), "on meta, the pages on cpu"),
     ],
@@ -68,8 +65,6 @@ def test_a_weight_that_does_not_fit_is_named(name, change, words):
     [
         (lambda w: w[:0], "none given, but the layout has has_score_weights = True"),
         (lambda w: w[:, 1:].contiguous(), r"shape \[2, 24\], expected \[2, 25\]"),
-        (lambda w: w[:1], r"shape \[1, 25\], expected \[2, 25\]"),
-        (lambda w: w.bfloat16(), "must be torch.float32 and contiguous"),
         (lambda w: w.to("meta"), "on meta, the pages on cpu"),
     ],
 )
@@ -82,19 +77,10 @@ def test_an_importance_that_does_not_fit_is_named(change, words):
         LayerState.bind(replace(weights, importance=change(weights.importance)), layout, pages)
 
 
-def test_an_importance_that_the_layout_has_no_room_for_is_named():
-    weights, layout, pages = parts()
-    with pytest.raises(
-        ValueError, match=r"^importance: given, but the layout has has_score_weights = F"
-    ):
-        LayerState.bind(replace(weights, importance=torch.zeros(2, 25)), layout, pages)
-
-
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
         ("cos", lambda x: x[:5], r"shape \[8\], expected at most 8 angles"),  # sin is compared
-        ("sin", lambda x: x[:, None], r"shape \[8, 1\], expected at most 8"),
         ("sin", lambda x: x.bfloat16(), r"must be torch.float32 on cpu, is torch.bfloat16 on cpu"),
         ("cos", lambda x: x.to("meta"), r"must be torch.float32 on cpu, is torch.float32 on meta"),
     ],
@@ -134,15 +120,6 @@ def test_where_contexts_shift_a_pair_without_an_importance_has_the_weight_1():
     assert len(make_problem(1, CONFIG).weights().importance) == 0
 
 
-def test_heads_that_do_not_divide_each_other_are_named():
-    weights, layout, _ = parts(Hs=2)
-    for fields in ({"num_state_heads": 4}, {"num_sparse_heads": 4}, {"num_kv_heads": 4}):
-        odd = other_page(layout, **fields)
-        pages = torch.zeros(2, odd.page_bytes, dtype=torch.uint8)
-        with pytest.raises(ValueError, match=r"^feature_map_k: \d state heads do not lie between"):
-            LayerState.bind(weights, odd, pages)
-
-
 @pytest.mark.parametrize(
     "change",
     [lambda p: p[:, :-1].contiguous(), lambda p: p.view(torch.float32)],
@@ -152,9 +129,3 @@ def test_pages_that_do_not_fit_are_named(change):
     weights, layout, pages = parts()
     with pytest.raises(ValueError, match=rf"^pages .*: need rows of at least {layout.page_bytes}"):
         LayerState.bind(weights, layout, change(pages))
-
-
-def test_a_dtype_that_no_op_knows_is_refused():
-    weights, layout, pages = parts(torch.float32)
-    with pytest.raises(KeyError, match="int32"):
-        LayerState.bind(weights, other_page(layout, kv_dtype=torch.int32), pages)

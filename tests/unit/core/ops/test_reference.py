@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lola_vllm.core.config import LolaConfig, LolaConfigError
+from lola_vllm.core.config import LolaConfig
 from lola_vllm.core.ops.reference import (
     feature_map,
     lola_attention,
@@ -127,10 +127,9 @@ def shared_cache(problem, relative):
     return cache
 
 
-@pytest.mark.parametrize("interval", [1, 5])
-def test_a_shared_set_keeps_the_largest_mean_of_relative_errors(interval):
+def test_a_shared_set_keeps_the_largest_mean_of_relative_errors():
     """Section 6: SRE / ||v||, averaged over the state heads of a set. Lengths of values vary."""
-    cfg = config(update_interval=interval, sparse_sharing="kv_head", sparse_cache_size=6)
+    cfg = config(update_interval=5, sparse_sharing="kv_head", sparse_cache_size=6)
     problem = make_problem(50, cfg, Hkv=1, group=3, Hs=3)
     problem.v *= torch.rand(50, 1, 1, generator=torch.Generator().manual_seed(1)) * 9 + 1
     _, state = problem.reference()
@@ -208,11 +207,3 @@ def test_feature_map_rows_sum_to_two_and_stay_positive():
     phi = feature_map(torch.randn(5, 16) * 50, torch.randn(16, 8))
     torch.testing.assert_close(phi.sum(-1), torch.full((5,), 2.0))
     assert (phi > 0).all()
-
-
-def test_heads_that_do_not_divide_are_refused():
-    problem = make_problem(5, config(), Hkv=2, group=3, Hs=4)
-    with pytest.raises(
-        LolaConfigError, match=r"feature_map_k has 4 heads.*query head .6. or per KV head"
-    ):
-        problem.reference()

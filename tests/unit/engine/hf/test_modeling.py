@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
-from lola_vllm.core.config import DecoderConfig, LolaConfigError, TensorFacts
+from lola_vllm.core.config import DecoderConfig, TensorFacts
 from lola_vllm.core.ops.compose import ComposeError
 from lola_vllm.engine.hf import LolaCache, LolaForCausalLM, LolaModelError
 from lola_vllm.memory.sessions.file import StateFileError
 from lola_vllm.models.init import init_checkpoint
-from tests.support.families import FAMILIES, make_base
+from tests.support.families import make_base
 from tests.support.oracle import Oracle
 from tools.support.tiny import make_tiny, random_prompts
 
@@ -112,23 +112,12 @@ def test_logits_are_the_references(tmp_path: Path, lola: dict[str, Any], state_h
         torch.testing.assert_close(logits.detach().log_softmax(-1), truth, **CLOSE)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("use_cache", [True, False])
-@torch.no_grad()
-def test_a_large_window_is_the_stock_model(tmp_path: Path, family: str, use_cache: bool) -> None:
-    stock = make_base(tmp_path / "base", family, tie_word_embeddings=True).double()
-    init_checkpoint(tmp_path / "base", tmp_path / "lola", {"window_size": 256})
-    ids = torch.tensor(random_prompts([150])) % 300
-    logits = load(tmp_path / "lola")(ids, use_cache=use_cache).logits
-    torch.testing.assert_close(logits, stock(ids).logits, **CLOSE)
-
-
 @pytest.mark.parametrize(
     "splits",
-    [[1] * 70, [16, 16, 38], [5, 1, 1, 40, 1, 22], [69, 1], [2, 68]],
+    [[1] * 70, [16, 16, 38], [5, 1, 1, 40, 1, 22]],
     ids=lambda s: "-".join(map(str, s[:6])),
 )
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @torch.no_grad()
 def test_any_split_of_a_cached_forward_is_one_forward(
     tiny: Path, splits: list[int], dtype: torch.dtype
@@ -141,7 +130,7 @@ def test_any_split_of_a_cached_forward_is_one_forward(
         cache = out.past_key_values
         logits.append(out.logits)
     # A product of one row and one of 70 add up in different orders.
-    atol = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.3}[dtype]
+    atol = {torch.float64: 1e-5, torch.bfloat16: 0.3}[dtype]
     torch.testing.assert_close(torch.cat(logits, 1), once.logits, rtol=0, atol=atol)
     assert cache.get_seq_length() == 70
     if dtype == torch.float64:
@@ -155,16 +144,6 @@ def test_gradients_reach_every_weight(model: Any) -> None:
     ).loss.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
     model.zero_grad()
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_torch_compile_changes_nothing(tiny: Path) -> None:
-    model, ids = load(tiny), torch.tensor(random_prompts([60]))
-    compiled = torch.compile(model, backend="aot_eager")
-    first = compiled(ids[:, :50])
-    rest = compiled(ids[:, 50:], past_key_values=first.past_key_values)
-    torch.testing.assert_close(rest.logits, model(ids).logits[:, 50:], **CLOSE)
 
 
 # ---- batches and padding
@@ -338,11 +317,6 @@ def test_dropout_of_attention_is_refused_in_training(tiny: Path) -> None:
         model.train()(ids)
 
 
-def test_no_other_attention_can_be_chosen(tiny: Path) -> None:
-    with pytest.raises(ValueError, match="attn_implementation = 'sdpa'"):
-        AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="sdpa")
-
-
 # ---- checkpoints
 
 
@@ -361,25 +335,16 @@ def test_saving_writes_a_checkpoint_like_ours(tmp_path: Path, tied: bool) -> Non
     assert all((tmp_path / d / n).is_file() for d in ("ours", "theirs") for n in names)
 
 
-def test_a_bfloat16_model_keeps_its_gates(tiny: Path, tmp_path: Path) -> None:
-    model = load(tiny, torch.bfloat16)
-    attention = model.model.layers[1].self_attn
-    name = "model.layers.1.self_attn.window_factors"
-    assert torch.equal(attention.window_factors, load_file(tiny / "model.safetensors")[name])
-    assert attention.feature_map_q.dtype == torch.bfloat16
-    model.save_pretrained(tmp_path)
-    assert load_file(tmp_path / "model.safetensors")[name].dtype == torch.float32
-
-
-def test_a_bfloat16_model_keeps_its_importance(tmp_path: Path) -> None:
+def test_a_bfloat16_model_keeps_its_gates_and_its_importance(tmp_path: Path) -> None:
     directory = make_tiny(tmp_path / "tiny", LOLA, importance=True)
-    name = "model.layers.1.self_attn.importance"
-    stored = load_file(directory / "model.safetensors")[name]
+    stored = load_file(directory / "model.safetensors")
     model = load(directory, torch.bfloat16)
-    importance = model.model.layers[1].self_attn.importance
-    assert torch.equal(importance, stored)
     model.save_pretrained(tmp_path / "saved")
-    assert torch.equal(load_file(tmp_path / "saved" / "model.safetensors")[name], stored)
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    for name in ("window_factors", "importance"):
+        kept = stored[f"model.layers.1.self_attn.{name}"]
+        assert torch.equal(getattr(model.model.layers[1].self_attn, name), kept)
+        assert torch.equal(saved[f"model.layers.1.self_attn.{name}"], kept)
     ids = torch.tensor(random_prompts([90]))
     whole = model(ids).logits
     with torch.no_grad():
@@ -399,12 +364,6 @@ def test_an_unfitted_importance_weighs_all_pairs_the_same(tmp_path: Path) -> Non
     torch.testing.assert_close(weighted(ids).logits, plain(ids).logits, **CLOSE)
 
 
-def test_state_heads_come_from_the_tensors(tmp_path: Path) -> None:
-    model = load(make_tiny(tmp_path, LOLA, state_heads=2))
-    assert model.model.layers[0].self_attn.feature_map_k.shape == (2, 16, 8)
-    assert model.config.facts == TensorFacts(8, 2)
-
-
 def test_untrained_maps_are_lolcats_starting_point(tmp_path: Path) -> None:
     tensors = load_file(make_tiny(tmp_path, LOLA) / "model.safetensors")
     plain = {name: t for name, t in tensors.items() if "feature_map" not in name}
@@ -418,10 +377,6 @@ def test_untrained_maps_are_lolcats_starting_point(tmp_path: Path) -> None:
         for weight in (attention.feature_map_q, attention.feature_map_k):
             assert torch.equal(weight, torch.eye(16, dtype=weight.dtype).expand_as(weight))
         torch.testing.assert_close(attention.window_factors.sigmoid().mean().item(), 0.1)
-
-
-def test_it_is_transformers_llama(model: Any) -> None:
-    assert isinstance(model, LlamaForCausalLM) and isinstance(model, LolaForCausalLM)
 
 
 # ---- other processes
@@ -468,14 +423,6 @@ def test_trust_remote_code_in_a_process_that_knows_nothing(
     assert DecoderConfig.from_pretrained(again).auto_map == (
         DecoderConfig.from_pretrained(first).auto_map
     )
-
-
-@pytest.mark.slow
-def test_without_trust_transformers_says_what_to_do(tmp_path: Path) -> None:
-    make_base(tmp_path / "base", "llama")
-    init_checkpoint(tmp_path / "base", tmp_path / "lola", LOLA)
-    result = run(LOAD.format("local_files_only=True"), tmp_path / "lola")
-    assert result.returncode and "trust_remote_code=True" in result.stderr
 
 
 NOT_INSTALLED = """
@@ -558,11 +505,6 @@ def test_without_a_cache_rows_end_at_the_trained_length(endless: Path) -> None:
     model(torch.ones(1, 64, dtype=torch.int64)).logits.sum().backward()
     with pytest.raises(LolaModelError, match=r"65 tokens without a cache.*= 64.*use_cache=True"):
         model(torch.ones(1, 65, dtype=torch.int64))
-
-
-def test_an_interval_that_does_not_suit_the_length_is_refused(endless: Path) -> None:
-    with pytest.raises(LolaConfigError, match="context_shift = 24: must divide"):
-        AutoModelForCausalLM.from_pretrained(endless, lola_config={"context_shift": 24})
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ import pytest
 from lola_vllm.serving.library import words as words_module
 from lola_vllm.serving.library.asking import asked_with, with_passages
 from lola_vllm.serving.library.words import KnownPart, LibraryWords
-from lola_vllm.serving.sessions.reporting import event
 
 TEXTS = ["The pump starts at noon.", "Netherby lost an ear.", "The pump is painted blue."]
 
@@ -71,9 +70,3 @@ def test_passages_stand_before_the_question() -> None:
     (last,) = asked_with([{"role": "user", "content": listed}], before)
     assert [part["text"] for part in last["content"]] == [before, "Why?"]
     assert asked_with([first], "") == [first]
-
-
-def test_an_event_has_the_form_of_the_streams() -> None:
-    said = event("tiny", "chat.completion.chunk", sources=[])
-    assert said.startswith('data: {"id": "lola-') and said.endswith("}\n\n")
-    assert '"choices": [], "sources": []' in said

@@ -98,16 +98,3 @@ def test_a_directory_of_files_goes_before_the_index(
     monkeypatch.setenv("PIP_FIND_LINKS", f"{tmp_path / 'nowhere'} {tmp_path}")
     assert fetch_file(FILE, tmp_path / "here").read_bytes() == DATA
     assert index.asked == []
-
-
-def test_what_is_nowhere(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    index.pages["/simple/poems/"] = b'<a href="poems-0.9.tar.gz">poems-0.9.tar.gz</a>'
-    with pytest.raises(DownloadError, match=r"/simple/poems/: not there.*PIP_FIND_LINKS"):
-        fetch_file(FILE, tmp_path)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(DownloadError, match="pip is told to use no index"):
-        fetch_file(FILE, tmp_path)
-    monkeypatch.delenv("PIP_NO_INDEX")
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    with pytest.raises(DownloadError, match="Connection refused"):
-        fetch_file(FILE, tmp_path)

@@ -84,13 +84,6 @@ def test_pairs_are_as_good_as_any_other_choice() -> None:
         assert found == pytest.approx(best)
 
 
-def test_pairs_that_lead_to_better_ones_are_taken_with_them() -> None:
-    late = torch.tensor([0.0, 0, 0, 12])  # 3 a pair for all four, or nothing
-    early = torch.tensor([2.0, 2, 2, 2])
-    assert divide([late, early], 6, 0) == [4, 2]
-    assert divide([late, early * 2], 6, 0) == [2, 4]  # no room for the fourth
-
-
 def test_what_adds_nothing_goes_to_all_alike() -> None:
     assert divide([torch.tensor([1.0, 0]), torch.zeros(3), torch.zeros(2)], 12, 1) == [4, 4, 4]
     assert divide([torch.tensor([1.0, 1]), torch.zeros(3), torch.zeros(2)], 12, 1) == [5, 4, 3]
@@ -131,13 +124,6 @@ def test_sizes_are_of_heads() -> None:
     second = _gains([[1.0, 1, 0, 0], [6.0, 5, 4, 3]], [[0.0, 0, 0, 0]] * 2)
     assert divide_among([first, second], 2, 0) == [[3, 0], [1, 4]]
     assert divide_among([first, second], 2, 1) == [[2, 1], [1, 4]]
-
-
-def test_facts_and_plain_text_count_whatever_their_number_is() -> None:
-    gains = _gains([[1.0, 0, 0], [0.1, 0.1, 0.1]], [[0.0, 0, 0], [70.0, 20, 10]])
-    # Facts count 1 in sum and plain text half of it: 0.38 once, then 0.39, 0.14, 0.09.
-    assert divide_among([gains], 1, 0) == [[1, 1]]
-    assert divide_among([_gains([[1.0, 0, 0], [0, 0, 0]], [[0.0, 0, 0]] * 2)], 1, 0) == [[2, 0]]
 
 
 def test_plain_text_weighs_less_than_facts_among_sizes() -> None:
@@ -415,25 +401,6 @@ def test_a_copy_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         write_calibrated(plain, out, {"sparse_cache_size": [8]}, {}, force=True)
     assert json.loads((out / "config.json").read_text()) == {"model_type": "lola_llama"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plain"]
-
-
-def test_the_card_of_a_calibrated_model_has_its_sizes_once(base: Path, tmp_path: Path) -> None:
-    plain = tmp_path / "plain"
-    assert cli.main(["init", "--base", str(base), "--out", str(plain)]) == 0
-    card = plain / "README.md"
-    card.write_text("# A model\n\n## lola_config\n\nnothing\n", encoding="utf-8")
-    once, twice = tmp_path / "once", tmp_path / "twice"
-    layers = json.loads((plain / "config.json").read_text())["num_hidden_layers"]
-    write_calibrated(plain, once, {"sparse_cache_size": [7] * layers}, {})
-    first = (once / "README.md").read_text(encoding="utf-8")
-    assert first.startswith(card.read_text(encoding="utf-8"))
-    assert f'{{"sparse_cache_size": {[7] * layers}}}' in first
-    # Of a model with further sections, only what an earlier calibration found is replaced.
-    (once / "README.md").write_text(f"{first}\n## Measured\n\nwell\n", encoding="utf-8")
-    write_calibrated(once, twice, {"sparse_cache_size": [9] * layers}, {})
-    second = (twice / "README.md").read_text(encoding="utf-8")
-    assert second.count("## Calibration") == 1 and "## Measured\n\nwell" in second
-    assert f"{[9] * layers}" in second and f"{[7] * layers}" not in second
 
 
 def test_importance_is_fitted_to_the_models_own_pairs(

@@ -53,12 +53,6 @@ def test_the_mean_is_of_the_last_steps(share: float, first: int) -> None:
     assert got["y"].item() == 2.0
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.5])
-def test_no_share(share: float) -> None:
-    with pytest.raises(CheckpointError, match="average"):
-        RunningMean(share, 8)
-
-
 def test_lengths_grow_by_doubling_with_as_many_tokens_each() -> None:
     options = DistillOptions(lora_rows=16, lora_row_length=1024, lora_last_row_length=4096)
     assert options.lora_lengths() == [(1024, 10), (2048, 4), (4096, 2)]

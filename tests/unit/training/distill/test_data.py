@@ -150,16 +150,6 @@ def test_too_little_text_is_repeated_with_a_warning(
     assert "have text for" in record.getMessage() and "to make 40 rows" in record.getMessage()
 
 
-def test_a_document_shorter_than_a_row_is_enough(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("tiny")
-    assert not is_held_out("tiny")
-    rows = training_rows([path], tokenizer, RowOptions(row_length=64, num_rows=2))
-    assert tokenizer.decode(rows.tokens.flatten()).startswith("tiny<eos>tiny<eos>tiny")
-
-
 def test_every_row_starts_with_bos_where_the_tokenizer_adds_one(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(bos=True)
     path = write_text(tmp_path / "a.txt", documents("d", 100))
@@ -306,23 +296,6 @@ def test_sources_without_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast
         training_rows([tmp_path], no_eos, options)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_rows": 0}, "num_rows = 0: must be at least 1"),
-        ({"num_rows": 1, "row_length": 1}, "row_length = 1: must be at least 2"),
-        ({"num_rows": 1, "retrieval_fraction": 1.5}, "retrieval_fraction = 1.5: must be from 0"),
-        (
-            {"num_rows": 1, "row_length": 64, "retrieval_fraction": 0.1},
-            "row_length = 64: must be at least 128 for retrieval prompts",
-        ),
-    ],
-)
-def test_options_are_checked(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        RowOptions(**{"row_length": 1024, **options})
-
-
 # --- retrieval prompts
 
 
@@ -368,15 +341,6 @@ def test_answers_are_facts_from_further_up(tokenizer: PreTrainedTokenizerFast, l
         assert 0.3 < sum(depths) / len(depths) < 0.6
 
 
-def test_only_values_are_marked(tokenizer: PreTrainedTokenizerFast) -> None:
-    rows = [retrieval_row(tokenizer, 300, random.Random(seed)) for seed in range(60)]
-    values = [value for row in rows for _, value in answer_runs(*row, tokenizer)]
-    digits = [value for value in values if value[0].isdigit() and value.count("-") != 4]
-    assert len(digits) > 20
-    assert all(value.isdigit() for value in digits)
-    assert not any(value.endswith((".", "\n")) or "<eos>" in value for value in values)
-
-
 @pytest.mark.parametrize("fraction", [0.29, 1.0])
 def test_share_of_retrieval_rows_is_exact_and_spread(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, fraction: float
@@ -394,15 +358,6 @@ def test_share_of_retrieval_rows_is_exact_and_spread(
     held_out = {text.partition(":")[0] + ":" for text in documents("d", 300) if is_held_out(text)}
     names = {f"d{at}:" for at in range(300) if any(f" d{at}:" in text for text in texts)}
     assert names and not names & held_out
-
-
-def test_retrieval_with_chats_only(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    chats = [{"messages": [{"role": "user", "content": "secret chat"}]} for _ in range(20)]
-    path = write_jsonl(tmp_path / "a.jsonl", chats)
-    options = RowOptions(row_length=256, num_rows=20, retrieval_fraction=1.0)
-    rows = training_rows([path], tokenizer, options)
-    assert rows.answers.any(dim=1).all()
-    assert not any("secret chat" in text for text in decoded(rows, tokenizer))
 
 
 def test_retrieval_refusals(tmp_path: Path) -> None:

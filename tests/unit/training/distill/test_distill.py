@@ -16,7 +16,6 @@ from lola_vllm.core.state import StateLayout
 from lola_vllm.models.calibration import importance_tensors, save_calibration
 from lola_vllm.models.files import CheckpointError
 from lola_vllm.training.distill.options import DistillOptions
-from lola_vllm.training.distill.plot import plot_losses
 from lola_vllm.training.distill.run import distill
 from lola_vllm.training.distill.student import (
     attach_maps,
@@ -147,24 +146,6 @@ def test_window_factors_have_steps_of_their_own(
         assert 0 < moved.abs().max() < 2e-3
 
 
-def test_factors_of_the_second_stage_have_steps_of_their_own(
-    trained: Path, base: Path, text: Path, calibration: Path, tmp_path: Path
-) -> None:
-    rates = dict(lora_learning_rate=0.0, map_learning_rate=1e-3, average=0.0)
-    once = dataclasses.replace(
-        GO_ON, window_factor_rate=20.0, lora_rows=GO_ON.rows_per_step, **rates
-    )
-    work = trained.with_name("lola.training")
-    distill(base, [str(text)], tmp_path / "lola", once, start=work, calibration=calibration)
-    before, after = (load_file(w / "lora.safetensors") for w in (work, tmp_path / "lola.training"))
-    for name in before:
-        if name.endswith("window_factors"):
-            moved = (after[name] - before[name]).abs()
-            moved = moved[moved > 0]  # a head whose cache is as long as a row folds nothing
-            assert len(moved) > 0
-            torch.testing.assert_close(moved, torch.full_like(moved, 0.02), rtol=0, atol=1e-4)
-
-
 def test_the_checkpoint_holds_what_was_trained(trained: Path, base: Path) -> None:
     config = json.loads((trained / "config.json").read_text())
     expected = {**LOLA, "mixing": "lola"}
@@ -280,18 +261,6 @@ def test_going_on_with_the_sizes_and_the_importance_of_a_calibration(
         assert not torch.allclose(student(ids).logits, served(ids).logits, atol=1e-2)
 
 
-def test_going_on_begins_where_the_earlier_run_ended(
-    trained: Path, base: Path, text: Path, calibration: Path, tmp_path: Path
-) -> None:
-    still = dataclasses.replace(GO_ON, lora_learning_rate=0.0, map_learning_rate=0.0)
-    out = tmp_path / "lola"
-    work = trained.with_name("lola.training")
-    distill(base, [str(text)], out, still, start=work, calibration=calibration)
-    before, after = (load_file(w / "lora.safetensors") for w in (work, tmp_path / "lola.training"))
-    for name, value in before.items():
-        assert torch.equal(after[name], value), name
-
-
 def test_a_share_of_what_the_adapters_add_is_kept(
     trained: Path, base: Path, text: Path, calibration: Path, tmp_path: Path
 ) -> None:
@@ -339,16 +308,6 @@ def test_the_least_row_that_folds(lola: dict[str, int], least: int) -> None:
     easy = LolaConfig(window_size=1, sparse_cache_size=0)
     with pytest.raises(CheckpointError, match=rf"row_length = {least - 1}: .*at least {least} "):
         check_row_length("row_length", least - 1, [easy, config])
-
-
-@pytest.mark.parametrize("steps", [1, 3])
-def test_a_curve_of_one_step_is_a_point(steps: int, tmp_path: Path) -> None:
-    from matplotlib import image
-
-    plot_losses({"transfer": [[0.5] * steps], "finetune": [2.0] * steps}, tmp_path / "loss.png")
-    picture = image.imread(tmp_path / "loss.png")[..., :3]
-    blue = (picture[..., 2] - picture[..., 0] > 0.2).nonzero()  # of the second panel's curve
-    assert len(blue[0]) > 20
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from lola_vllm.training.distill import retrieval_facts
-from lola_vllm.training.distill.retrieval_facts import FORMS, Exchange, HiddenFacts, draw_asked
+from lola_vllm.training.distill.retrieval_facts import Exchange, HiddenFacts, draw_asked
 
 
 def draw(form: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> HiddenFacts:
@@ -93,22 +93,3 @@ def test_all_values_of_a_key_are_asked_for_in_the_order_of_the_text(
             assert places == sorted(set(places))
             several += len(values) > 1
     assert several > 100
-
-
-def test_shares_of_forms() -> None:
-    assert sum(FORMS.values()) == pytest.approx(1)
-    seen = Counter[str]()
-    for seed in range(1000):
-        turns = draw_asked(random.Random(seed), is_chat=False, few=False).turns
-        most = max(len(turn.spans) for turn in turns)
-        seen["several" if most > 1 else "one"] += 1
-    # Of the keys with several values some are not asked for.
-    wanted = 1000 * FORMS["facts"]
-    assert 0.85 * wanted < seen["one"] < 1.35 * wanted
-
-
-def test_little_room_has_one_fact() -> None:
-    for seed in range(50):
-        asked = draw_asked(random.Random(seed), is_chat=bool(seed % 2), few=True)
-        assert len(asked.statements) == len(asked.turns) == 1
-        assert values_of(asked.turns[0])[0] in asked.statements[0]

@@ -19,9 +19,7 @@ from hypothesis import strategies as st
 from schemathesis import Case, GenerationMode
 
 from tests.support.effort import cases
-from tests.support.servers import NOT_COMPILED
-from tools.support.server_process import Server, serving
-from tools.support.speaking import make_speaking, serve_speaking
+from tools.support.server_process import Server
 
 NAME = "tiny"
 KNOWN = {
@@ -63,17 +61,9 @@ NAMES = ["a", "b", "a@1", "b@1", "a@999"]  # of sessions, so that some are there
 
 
 @pytest.fixture(scope="module")
-def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    directory = tmp_path_factory.mktemp("fuzz")
-    model = make_speaking(directory / "tiny")
-    with serving(directory / "log.txt", serve_speaking(model, NAME), **NOT_COMPILED) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def known(tiny_server: Server) -> str:
+def known(keyless: Server) -> str:
     """The answer to a request that all others must leave as it is."""
-    return answer(tiny_server)
+    return answer(keyless)
 
 
 def answer(server: Server) -> str:
@@ -84,15 +74,15 @@ def answer(server: Server) -> str:
 
 
 @pytest.fixture
-def unharmed(tiny_server: Server, known: str) -> Iterator[Server]:
+def unharmed(keyless: Server, known: str) -> Iterator[Server]:
     """The server; after the test it answers as before and holds no state."""
-    yield tiny_server
-    assert tiny_server.process.poll() is None, tiny_server.log.read_text()[-4000:]
-    assert answer(tiny_server) == known
+    yield keyless
+    assert keyless.process.poll() is None, keyless.log.read_text()[-4000:]
+    assert answer(keyless) == known
     for _ in range(100):
-        if tiny_server.client.get("/v1/lola/info").json()["states"]["used"] == 0:
+        if keyless.client.get("/v1/lola/info").json()["states"]["used"] == 0:
             return
-        httpx.get(f"{tiny_server.url}/health", timeout=5)
+        httpx.get(f"{keyless.url}/health", timeout=5)
     raise AssertionError("states are in use though nobody asks for anything")
 
 
