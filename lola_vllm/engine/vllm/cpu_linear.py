@@ -14,15 +14,18 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
 )
 
-from lola_vllm.core.ops import linear
+from lola_vllm.core.ops import cpp, linear
 
 
 def keep_bfloat16(model: nn.Module) -> None:
     """Have vLLM's own linears, head and embedding hold their weights in bfloat16.
 
-    Call it between loading and vLLM's `process_weights_after_loading`. A weight that float32 alone
-    can hold is left to vLLM.
+    Call it between loading and vLLM's `process_weights_after_loading`. Left to vLLM are a weight
+    that float32 alone can hold, and a CPU of which only the baseline is used: there vLLM's products
+    may read prompts faster.
     """
+    if not cpp.load() or cpp.cpu_isa() == "baseline":
+        return
     for module in cast(Iterable[Any], model.modules()):
         method = getattr(module, "quant_method", None)
         if type(method) is UnquantizedLinearMethod:
