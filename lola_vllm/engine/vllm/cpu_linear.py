@@ -35,7 +35,8 @@ def keep_bfloat16(model: nn.Module) -> None:
 
 
 def _to_panels(layer: Any) -> bool:
-    panels = linear.panels_of(layer.weight.data)
+    weight = layer.weight.data
+    panels = None if weight.is_meta else linear.panels_of(weight)
     if panels is None:
         return False
     # vLLM hands `cpu_linear` the weight, and reads a layer's size elsewhere.
@@ -60,8 +61,11 @@ class _Embedding(UnquantizedEmbeddingMethod):
     """An embedding whose rows are widened when they are looked up."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        narrow = layer.weight.bfloat16()
-        if torch.equal(narrow.to(layer.weight.dtype), layer.weight):
+        weight = layer.weight.data
+        if weight.is_meta:  # a pooling model's second one, which nothing reads
+            return
+        narrow = weight.bfloat16()
+        if torch.equal(narrow.to(weight.dtype), weight):
             layer.weight = nn.Parameter(narrow, requires_grad=False)
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
