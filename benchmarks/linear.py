@@ -9,6 +9,7 @@ bfloat16 is beside the time that a plain read of as many bytes takes.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -53,31 +54,31 @@ def best(run: Callable[[], object], runs: int) -> float:
     return 1e3 * min(times)
 
 
+def step(products: list[tuple[int, Callable[..., object]]], rows: int) -> Callable[[], object]:
+    """All products of a step, of random rows `[rows, K]`; each stands behind its K."""
+    x = {k: torch.randn(rows, k) for k, _ in products}
+    return lambda: [product(x=x[k]) for k, product in products]
+
+
 def main() -> None:
     """Measure and print."""
     args = parse()
-    sizes = shapes(args.model, args.layers)
-    weights = [(torch.randn(n, k) * 0.02).bfloat16().float() for n, k in sizes]
-    handlers = [vllm_ops.create_onednn_mm(weight.t(), 32) for weight in weights]
-    panels = [panels_of(weight) for weight in weights]
-    read = torch.ones(sum(weight.numel() for weight in weights), dtype=torch.bfloat16)
-    found: dict[str, dict[str, float]] = {"vLLM, float32": {}, "bfloat16": {}, "read": {}}
-    words = read.view(torch.int64) if len(read) % 4 == 0 else read
-    found["read"]["ms"] = best(lambda: words.max(), args.runs)
-    for rows in args.rows:
-        x = {k: torch.randn(rows, k) for _, k in sizes}
-        pairs = [(x[k], handler, panel) for (_, k), handler, panel in zip(
-            sizes, handlers, panels, strict=True)]  # fmt: skip
-        found["vLLM, float32"][f"ms/{rows}"] = best(
-            lambda pairs=pairs: [vllm_ops.onednn_mm(h, rows_of, None) for rows_of, h, _ in pairs],
-            args.runs,
-        )
-        found["bfloat16"][f"ms/{rows}"] = best(
-            lambda pairs=pairs: [
-                torch.ops.lola.linear(rows_of, p, None) for rows_of, _, p in pairs
-            ],
-            args.runs,
-        )
+    ways: dict[str, list[tuple[int, Callable[..., object]]]] = {"vLLM, float32": [], "bfloat16": []}
+    numbers = 0
+    for n, k in shapes(args.model, args.layers):
+        weight = (torch.randn(n, k) * 0.02).bfloat16().float()
+        handler = vllm_ops.create_onednn_mm(weight.t(), 32)
+        plain = functools.partial(vllm_ops.onednn_mm, handler, bias=None)
+        ways["vLLM, float32"].append((k, plain))
+        panels = panels_of(weight)  # loads the op
+        ours = functools.partial(torch.ops.lola.linear, panels=panels, bias=None)
+        ways["bfloat16"].append((k, ours))
+        numbers += n * k
+    found = {
+        name: {f"ms/{rows}": best(step(products, rows), args.runs) for rows in args.rows}
+        for name, products in ways.items()
+    }
+    found["read"] = {"ms": best(torch.ones(numbers // 4, dtype=torch.int64).max, args.runs)}
     for name, times in found.items():
         print(name, {key: round(value, 1) for key, value in times.items()})
     write_report(args, found)

@@ -18,20 +18,28 @@ PANEL = 32  # columns of the result; `kPanel` in csrc/cpu/kernels.h
 _LANES = {"baseline": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}
 
 
+def narrowed(weight: Tensor) -> Tensor | None:
+    """A weight in bfloat16, None where a number is none or the weight lies on no device."""
+    if weight.is_meta:
+        return None
+    narrow = weight.bfloat16()
+    return narrow if torch.equal(narrow.to(weight.dtype), weight) else None
+
+
 def panels_of(weight: Tensor) -> Tensor | None:
     """A weight as `torch.ops.lola.linear(x, panels, bias)` takes it.
 
     Args:
-        weight: `[N, K]`, float32 or bfloat16, in host memory.
+        weight: `[N, K]`, float32 or bfloat16.
 
     Returns:
         `[N / 32, K, 32]` bfloat16, in an order of columns that suits this CPU. None where the C++
-        kernels are not there, 32 does not divide N, or a number is no bfloat16.
+        kernels are not there, 32 does not divide N, or it is not `narrowed`.
     """
     if weight.dim() != 2 or weight.shape[0] % PANEL or not weight.numel() or not cpp.load():
         return None
-    narrow = weight.bfloat16()
-    if not torch.equal(narrow.to(weight.dtype), weight):
+    narrow = narrowed(weight)
+    if narrow is None:
         return None
     _register_fake()
     lanes = _LANES[cpp.cpu_isa()]

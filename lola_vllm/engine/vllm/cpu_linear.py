@@ -34,38 +34,33 @@ def keep_bfloat16(model: nn.Module) -> None:
             module.quant_method = _Head() if isinstance(module, ParallelLMHead) else _Embedding()
 
 
-def _to_panels(layer: Any) -> bool:
-    weight = layer.weight.data
-    panels = None if weight.is_meta else linear.panels_of(weight)
-    if panels is None:
-        return False
-    # vLLM hands `cpu_linear` the weight, and reads a layer's size elsewhere.
-    layer.weight = nn.Parameter(panels, requires_grad=False)
-    layer.cpu_linear = torch.ops.lola.linear
-    return True
+class _Panels:
+    """In front of a method of vLLM's: products by `lola::linear` where they can be."""
 
-
-class _Linear(UnquantizedLinearMethod):
     def process_weights_after_loading(self, layer: Any) -> None:
-        if not _to_panels(layer):
-            super().process_weights_after_loading(layer)
+        panels = linear.panels_of(layer.weight.data)
+        if panels is None:
+            super().process_weights_after_loading(layer)  # type: ignore[misc]
+            return
+        # vLLM hands `cpu_linear` the weight, and reads a layer's size elsewhere.
+        layer.weight = nn.Parameter(panels, requires_grad=False)
+        layer.cpu_linear = torch.ops.lola.linear
 
 
-class _Head(UnquantizedEmbeddingMethod):
-    def process_weights_after_loading(self, layer: Any) -> None:
-        if not _to_panels(layer):
-            super().process_weights_after_loading(layer)
+class _Linear(_Panels, UnquantizedLinearMethod):
+    pass
+
+
+class _Head(_Panels, UnquantizedEmbeddingMethod):
+    pass
 
 
 class _Embedding(UnquantizedEmbeddingMethod):
     """An embedding whose rows are widened when they are looked up."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        weight = layer.weight.data
-        if weight.is_meta:  # a pooling model's second one, which nothing reads
-            return
-        narrow = weight.bfloat16()
-        if torch.equal(narrow.to(weight.dtype), weight):
+        narrow = linear.narrowed(layer.weight.data)
+        if narrow is not None:
             layer.weight = nn.Parameter(narrow, requires_grad=False)
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
