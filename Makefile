@@ -41,10 +41,10 @@ $(VENV)/.ready: $(VENV)/.serves
 		--no-warn-conflicts "lola-vllm[distill,dev]"
 	@touch $@
 
-models/smollm2-lola: $(wildcard lola_vllm/models/smollm2/*) lola_vllm/models/demo.py | $(VENV)/.serves
+models/smollm2-lola: $(wildcard lola_vllm/models/smollm2/*) lola_vllm/models/shipped.py | $(VENV)/.serves
 	$(BIN)/lola-vllm demo-model --out $@ --base-out models/smollm2-base --force
 
-models/qwen-lola: $(wildcard lola_vllm/models/qwen2_5_coder/*) lola_vllm/models/qwen_coder.py | $(VENV)/.serves
+models/qwen-lola: $(wildcard lola_vllm/models/qwen2_5_coder/*) lola_vllm/models/shipped.py | $(VENV)/.serves
 	$(BIN)/lola-vllm demo-model --base qwen2.5-coder-0.5b --out $@ --base-out models/qwen-base \
 		--force
 

