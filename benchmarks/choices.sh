@@ -5,15 +5,16 @@
 #   make choices      models in models/small-*, results in eval-results/choices
 . "$(dirname "$0")/eval_common.sh"
 
-train() { # NAME SINKS MIXING OPTIONS: stage 1 only, 32,768 tokens
+train() { # NAME SINKS MIXING STATE_HEADS: stage 1 only, 32,768 tokens
     [ -d "models/small-$1" ] || lola distill --base models/smollm2-base --data models/texts \
         --out "models/small-$1" --work-dir "models/small-$1.training" --resume \
-        --lola-config "{\"sink_size\": $2, \"mixing\": \"$3\"}" --train-sparse-caches 0,128 \
-        --rows 16 --row-length 2048 --steps-per-row 6 --lora-rows 0 "${@:4}"
+        --lola-config "{\"sink_size\": $2, \"mixing\": \"$3\"}" \
+        --recipe "{\"train_sparse_caches\": [0, 128], \"rows\": 16, \"steps_per_row\": 6,
+            \"lora_rows\": 0, \"state_heads\": \"$4\"}"
 }
-train kv 4 lola
-train query 4 lola --state-heads query
-train nosinks 0 lola
-train lolcats 4 lolcats
+train kv 4 lola kv
+train query 4 lola query
+train nosinks 0 lola kv
+train lolcats 4 lolcats kv
 lola eval recall --model models/small-kv --sweep benchmarks/recall/choices.json \
     --tasks niah-1 --lengths 1024 --samples "$SAMPLES" --out "$OUT/choices" --resume

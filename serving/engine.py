@@ -20,7 +20,7 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 from lola_vllm import __version__
 from lola_vllm.core.config import MODEL_TYPE
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
-from lola_vllm.engine.estimate import Row
+from lola_vllm.engine.estimate import parts_of
 from lola_vllm.engine.vllm.cache import lola_hf_config, row_bytes, sequence_layout
 from lola_vllm.engine.vllm.config_hook import WORKER_EXTENSION
 from lola_vllm.engine.vllm.connectors import has_store
@@ -114,7 +114,6 @@ class LolaEngine:
     async def info(self) -> InfoResponse:
         """What `GET /v1/lola/info` answers."""
         self.check()
-        row = Row("", True, self.sequence, None)
         per_sequence = self.states_per_sequence
         if self._backend is None and self.readable() is None:
             self._backend = (await self.ask_workers("lola_describe"))[0]["backend"]
@@ -124,7 +123,7 @@ class LolaEngine:
             lola_config=self.lola.model_dump(),
             num_layers=self.num_layers,
             memory=Memory(
-                parts=row.parts,
+                parts=parts_of(self.sequence),
                 bytes_per_state=self.bytes_per_state,
                 bytes_per_sequence=per_sequence * self.bytes_per_state,
                 break_even_tokens=self.sequence.break_even_tokens(per_sequence),

@@ -18,10 +18,8 @@ from lola_vllm.command.client.library import add_library
 from lola_vllm.command.linearize.command import add_options as _linearize
 from lola_vllm.core.cli_options import (
     Parser,
-    add_fields,
     add_lola_config,
-    add_state_heads,
-    from_options,
+    add_recipe,
     summarize,
 )
 from lola_vllm.evaluation.command import add_options as _eval
@@ -40,7 +38,12 @@ def _init(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="LoLA checkpoint")
     parser.add_argument("--force", action="store_true", help="replace a model at --out")
     add_lola_config(parser)
-    add_state_heads(parser, "kv", "kv")
+    parser.add_argument(
+        "--state-heads",
+        choices=("kv", "query"),
+        default="kv",
+        help="key feature maps: one per KV head or one per query head (default: kv)",
+    )
 
     def run(args: argparse.Namespace) -> int:
         from lola_vllm.models.init import init_checkpoint
@@ -154,40 +157,17 @@ def _estimate(parser: argparse.ArgumentParser) -> None:
         help="room for states: how many sequences fit, and how many of stock vLLM",
     )
     parser.add_argument(
-        "--context", type=int, metavar="N", help="length in tokens to compare with stock vLLM at"
-    )
-    parser.add_argument(
-        "--dtype", default="bfloat16", metavar="NAME", help="of keys and values (default: bfloat16)"
-    )
-    parser.add_argument(
         "--tensor-parallel-size", type=int, default=1, metavar="N", help="numbers of one such rank"
     )
-    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     add_lola_config(parser)
-    add_state_heads(parser, None, "as the tensors say; without them: kv")
-    parser.add_argument(
-        "--feature-dim",
-        type=int,
-        metavar="N",
-        help="columns of a feature map (default: as the tensors say; without them: the head size)",
-    )
 
     def run(args: argparse.Namespace) -> int:
-        import json
-
         from lola_vllm.engine.estimate import estimate, format_table
 
         result = estimate(
-            args.model,
-            args.lola_config,
-            state_heads=args.state_heads,
-            feature_dim=args.feature_dim,
-            dtype=args.dtype,
-            tensor_parallel_size=args.tensor_parallel_size,
-            memory_gib=args.memory_gib,
-            context=args.context,
+            args.model, args.lola_config, tensor_parallel_size=args.tensor_parallel_size
         )
-        print(json.dumps(result.to_json(), indent=2) if args.json else format_table(result))
+        print(format_table(result, args.memory_gib))
         return 0
 
     parser.set_defaults(run=run)
@@ -207,8 +187,6 @@ def _doctor(parser: argparse.ArgumentParser) -> None:
 
 
 def _calibrate(parser: argparse.ArgumentParser) -> None:
-    from lola_vllm.training.calibrate.options import CalibrateOptions
-
     parser.add_argument(
         "--base", type=Path, required=True, metavar="DIR", help=f"the softmax model: {_BASE}"
     )
@@ -226,13 +204,15 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace a model at --out")
     parser.add_argument("--save", type=Path, metavar="FILE", help="both alone, as safetensors")
-    add_fields(parser, CalibrateOptions)
+    add_recipe(parser, "as docs/configuration.md names them")
 
     def run(args: argparse.Namespace) -> int:
         from lola_vllm.models import calibration
         from lola_vllm.models.files import CheckpointError
         from lola_vllm.models.staging import check_output
+        from lola_vllm.training.calibrate.options import CalibrateOptions
         from lola_vllm.training.calibrate.run import calibrate, report
+        from lola_vllm.training.recipe import read_recipe, settled
 
         inputs = [args.base, args.texts]
         if args.out is not None:  # before the minutes that calibration takes
@@ -241,7 +221,7 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
                     f"--out {args.out}: there is no --model to copy; give one, or --save FILE"
                 )
             check_output(args.out, force=args.force, inputs=[args.model, *inputs])
-        options = from_options(CalibrateOptions, args)
+        options = settled(CalibrateOptions(), read_recipe(args.recipe))
         found = calibrate(args.base, args.texts, options, args.model)
         print(report(found))
         importance = calibration.importance_tensors(found.importance)

@@ -110,6 +110,15 @@ def add_lola_config(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_recipe(parser: argparse._ActionsContainer, which: str) -> None:
+    """`--recipe`, which `training/recipe.py` reads."""
+    parser.add_argument(
+        "--recipe",
+        metavar="JSON|FILE",
+        help=f"object of hyperparameters to set, {which}; the others keep their values",
+    )
+
+
 def json_object(text: str) -> dict[str, Any]:
     """A value of an option that is a JSON object; `ArgumentTypeError` for others."""
     try:
@@ -119,16 +128,6 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text}: must be an object, such as {{}}")
     return value
-
-
-def add_state_heads(group: argparse._ActionsContainer, default: str | None, named: str) -> None:
-    """`--state-heads`; `named` says in the help what the default is."""
-    group.add_argument(
-        "--state-heads",
-        choices=("kv", "query"),
-        default=default,
-        help=f"key feature maps: one per KV head or one per query head (default: {named})",
-    )
 
 
 def sparse_cache(lola: LolaConfig) -> str:

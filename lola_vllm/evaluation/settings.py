@@ -79,12 +79,10 @@ def measure(setting: Setting, dtype: str) -> SequenceMemory | None:
         if setting.is_lola:
             raise
         return None
-    row = next(row for row in result.rows if row.chosen)
+    full = result.sequence.full_kv_bytes_per_token
     if not setting.is_lola:
-        return SequenceMemory(row.full_kv_bytes_per_token, None, None)
-    return SequenceMemory(
-        row.full_kv_bytes_per_token, row.bytes_per_sequence, result.lola.model_dump()
-    )
+        return SequenceMemory(full, None, None)
+    return SequenceMemory(full, result.bytes_per_sequence, result.config.lola.model_dump())
 
 
 def check(setting: Setting, max_length: int) -> None:

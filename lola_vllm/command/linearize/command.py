@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from pathlib import Path
-from typing import Any
 
-from lola_vllm.core.cli_options import sparse_cache
+from lola_vllm.core.cli_options import add_recipe, sparse_cache
 from lola_vllm.models.families import BASE_NAMES
 
 
@@ -33,10 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of a sequence of the model, whatever its length (default: 427 pairs in a KV head, or "
         "one for 16 tokens of the trained length)",
     )  # fmt: skip
-    parser.add_argument(
-        "--recipe", type=Path, metavar="FILE",
-        help="JSON object of hyperparameters to set; the others follow from base, text and budget",
-    )  # fmt: skip
+    add_recipe(parser, "by stage as --dry-run prints them")
     parser.add_argument(
         "--work-dir", type=Path, metavar="DIR",
         help="training states, calibrations, results (default: OUT.training)",
@@ -52,6 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from lola_vllm.command.linearize.run import linearize
+    from lola_vllm.training.recipe import read_recipe
 
     config = linearize(
         args.base,
@@ -59,7 +55,7 @@ def _run(args: argparse.Namespace) -> int:
         args.out,
         hours=args.hours,
         memory_mib=args.memory,
-        overrides=None if args.recipe is None else _read(args.recipe),
+        overrides=read_recipe(args.recipe),
         work=args.work_dir,
         resume=args.resume,
         force=args.force,
@@ -69,15 +65,3 @@ def _run(args: argparse.Namespace) -> int:
         print(f"{args.out}: a LoLA model with a sparse cache of {sparse_cache(config.lola)}")
         print(f"next: lola-vllm serve {shlex.quote(str(args.out))}")
     return 0
-
-
-def _read(path: Path) -> dict[str, Any]:
-    from lola_vllm.models.files import CheckpointError
-
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"--recipe {path}: cannot be read ({error})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"--recipe {path}: must hold a JSON object")
-    return value

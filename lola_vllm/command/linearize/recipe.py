@@ -7,21 +7,20 @@ a sequence, from the text, and from the time given.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from lola_vllm.command.linearize.memory import TrainedRow, activation_bytes
-from lola_vllm.core.config import DecoderConfig, LolaConfig
+from lola_vllm.core.config import DecoderConfig
 from lola_vllm.models.files import CheckpointError
 from lola_vllm.training.calibrate.copying import LEAST_DISTANCE, PASSAGE, REPEATED
 from lola_vllm.training.calibrate.options import CalibrateOptions
 from lola_vllm.training.distill.options import DistillOptions
+from lola_vllm.training.recipe import settled, unknown_key
 
-T = TypeVar("T")
 # Of the demo model: pairs of a KV head, on average, that scores choose, and newest ones.
 SCORED, RECENT = 49, 378
 # A pair for so many tokens of the trained length: a cache that holds most of it is no cache.
@@ -125,7 +124,7 @@ def derive(
 
     given = dict(overrides or {})
     for key in given.keys() - _names().keys():
-        raise _unknown(key, [f"{part}.{name}" for part, own in _names().items() for name in own])
+        raise unknown_key(key, [f"{part}.{name}" for part, own in _names().items() for name in own])
     config = parse_config(base, read_base_config(base))
     length = config.max_position_embeddings
     if length < 256:
@@ -156,9 +155,6 @@ def derive(
     def fewer(number: int, least: int) -> int:
         return max(least, round(number * min(1.0, scale)))
 
-    def settled(part: str, options: T) -> T:
-        return _with(options, given.get(part, {}), part)
-
     transfer = tokens(TRANSFER_TOKENS, 2 * first)
     row = _power_below(min(length, LONGEST_ROW, max(2 * first, transfer // LEAST_ROWS)))
 
@@ -177,7 +173,7 @@ def derive(
             train_windows=(window, 2 * window),
             train_sparse_caches=(0, few, 4 * few),
         )
-        train = settled("train", train)
+        train = settled(train, given.get("train", {}), "train")
         calibrate = CalibrateOptions(
             pairs=scored,
             least=min(CalibrateOptions.least, max(1, scored // 2)),
@@ -213,9 +209,9 @@ def derive(
         )
         return Recipe(
             train,
-            settled("calibrate", calibrate),
-            settled("train_on", train_on),
-            settled("evaluate", evaluate),
+            settled(calibrate, given.get("calibrate", {}), "calibrate"),
+            settled(train_on, given.get("train_on", {}), "train_on"),
+            settled(evaluate, given.get("evaluate", {}), "evaluate"),
         )
 
     recipe = made(False)
@@ -260,44 +256,6 @@ def _names() -> dict[str, set[str]]:
     """Names of the options by part."""
     parts = get_type_hints(Recipe).items()
     return {part: {item.name for item in fields(kind)} for part, kind in parts}
-
-
-def _with(options: T, given: Any, name: str) -> T:
-    """The options with values that a user wrote; others stay as they were derived."""
-    own = {item.name: getattr(options, item.name) for item in fields(cast(Any, options))}
-    return type(options)(**own | _chosen(own, given, name))
-
-
-def _chosen(own: Mapping[str, Any], given: Any, name: str) -> dict[str, Any]:
-    if not isinstance(given, Mapping):
-        raise CheckpointError(f"--recipe: {name} = {given!r}: must be an object")
-    for key in given.keys() - own.keys():
-        raise _unknown(f"{name}.{key}", [f"{name}.{known}" for known in own])
-    return {key: _like(f"{name}.{key}", own[key], value) for key, value in given.items()}
-
-
-def _unknown(name: str, known: list[str]) -> CheckpointError:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return CheckpointError(
-        f"--recipe: unknown key {name!r}; did you mean {near[0]!r}? 'lola-vllm linearize "
-        "--dry-run' prints all"
-    )
-
-
-def _like(name: str, own: Any, value: Any) -> Any:
-    """`value` if it is of the type of an option's own value."""
-    if isinstance(own, Mapping):
-        return {**own, **_chosen(own, value, name)}
-    if isinstance(own, tuple):
-        kind = type(own[0]) if own else int
-        if isinstance(value, list | tuple) and value and all(type(x) is kind for x in value):
-            return tuple(value)
-    elif isinstance(own, float):
-        if type(value) in (int, float):
-            return float(value)
-    elif type(value) is type(own) and not (type(value) is int and value < 0):
-        return value
-    raise CheckpointError(f"--recipe: {name} = {value!r}: must be of the kind of {own!r}")
 
 
 def from_json(values: Mapping[str, Any]) -> Recipe:
@@ -365,9 +323,7 @@ def state_bytes(base: Path, lola_config: Mapping[str, Any], pairs: int) -> int:
     heads = config.num_key_value_heads
     assert isinstance(heads, int)
     keys = {**lola_config, "sparse_cache_size": unlike(heads, config.num_hidden_layers, pairs)}
-    LolaConfig(**keys)
-    row = next(row for row in estimate(base, keys).rows if row.chosen)
-    return row.bytes_per_sequence
+    return estimate(base, keys).bytes_per_sequence
 
 
 def _grown(first: int, times: int, length: int) -> int:

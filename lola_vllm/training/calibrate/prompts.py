@@ -45,7 +45,7 @@ def draw_prompts(texts: Path, tokenizer: Any, options: CalibrateOptions) -> list
         try:
             row = retrieval_row(tokenizer, length, rng, text)
         except RetrievalError as error:
-            raise CheckpointError(f"--facts = {options.facts:g}: {error}") from None
+            raise CheckpointError(f"facts = {options.facts:g}: {error}") from None
         found.append(CalibrationPrompt(row.tokens, asked_for(row.tokens, row.answers)))
     return found
 
@@ -90,7 +90,7 @@ def _plain(text: Callable[[int], str], tokenizer: Any, length: int, texts: Path)
         if len(ids) >= length:
             return ids[:length]
     raise CheckpointError(
-        f"--prompt-length: --texts {texts} has hardly a document of {length} tokens; use shorter "
+        f"prompt_length: --texts {texts} has hardly a document of {length} tokens; use shorter "
         "prompts or longer texts"
     )
 

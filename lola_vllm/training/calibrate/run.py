@@ -9,7 +9,7 @@ Which pairs a cache should hold depends on its size, and what a size adds on whi
 holds. So importance is fitted twice: roughly to caches of one size, by which the pairs are divided
 among the heads (`sizes.py`), and then to caches of these sizes.
 
-With `--recent` some heads have recent pairs besides: those that go on with a passage word by word
+With `recent` some heads have recent pairs besides: those that go on with a passage word by word
 (`copying.py`). Divisions of them are tried (`trials.py`).
 """
 
@@ -113,16 +113,12 @@ def calibrate(
         CheckpointError: a model or options that cannot be used, or texts that are too short.
         TextsError: files that cannot be read.
     """
-    if options.pairs < options.least or options.least < 0:
-        raise CheckpointError(
-            f"--pairs = {options.pairs}: must be at least --least = {options.least}, and that 0"
-        )
-    if options.recent < 0:
-        raise CheckpointError(f"--recent = {options.recent}: must be at least 0")
+    if options.pairs < options.least:
+        raise CheckpointError(f"pairs = {options.pairs}: must be at least least = {options.least}")
     if not 0 <= options.facts <= 1:
-        raise CheckpointError(f"--facts = {options.facts:g}: must be between 0 and 1")
+        raise CheckpointError(f"facts = {options.facts:g}: must be between 0 and 1")
     if options.prompts < JUDGED_ONE_IN:
-        raise CheckpointError(f"--prompts = {options.prompts}: must be at least {JUDGED_ONE_IN}")
+        raise CheckpointError(f"prompts = {options.prompts}: must be at least {JUDGED_ONE_IN}")
     import transformers
 
     read_base_config(base)  # refuses families that could not be served
@@ -130,7 +126,7 @@ def calibrate(
     prompts = draw_prompts(texts, tokenizer, options)
     if min(len(prompt.ids) for prompt in prompts) <= SKIPPED_TOKENS + LAST_TOKENS:
         raise CheckpointError(
-            f"--prompt-length = {options.prompt_length}: too short for anything to leave the "
+            f"prompt_length = {options.prompt_length}: too short for anything to leave the "
             "window; use prompts of 300 tokens or more"
         )
     transformers.AttentionInterface.register(ATTENTION, attention)
@@ -186,9 +182,9 @@ def _find_recent(
     length = min(2 * options.prompt_length, config.max_position_embeddings - REPEATED)
     if length <= LEAST_DISTANCE + PASSAGE:
         raise CheckpointError(
-            f"--recent = {options.recent}: max_position_embeddings = "
+            f"recent = {options.recent}: max_position_embeddings = "
             f"{config.max_position_embeddings} of the base leaves no room to repeat passages; "
-            "use --recent 0"
+            "use recent = 0"
         )
     rng = random.Random(f"{options.seed}/passages")
     plain = draw_plain(texts, tokenizer, length, COPYING_PROMPTS, options.seed)

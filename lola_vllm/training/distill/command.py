@@ -5,14 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lola_vllm.core.cli_options import (
-    add_fields,
-    add_lola_config,
-    add_state_heads,
-    from_options,
-    summarize,
-)
-from lola_vllm.training.distill.options import FINETUNE, LOLA, TRANSFER, DistillOptions
+from lola_vllm.core.cli_options import add_lola_config, add_recipe, summarize
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -37,27 +30,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--work-dir", type=Path, metavar="DIR",
-        help="training states, maps, adapters and loss curves (default: OUT.training)",
+        help="training states, maps, adapters and losses (default: OUT.training)",
     )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="go on with the run in --work-dir")
     parser.add_argument("--force", action="store_true", help="replace a model at --out")
-    add_fields(parser, DistillOptions)
-    group = parser.add_argument_group("stage 1, attention transfer")
-    add_fields(group, DistillOptions, TRANSFER)
-    group = parser.add_argument_group("stage 2, LoRA")
-    add_fields(group, DistillOptions, FINETUNE)
     add_lola_config(parser)
-    add_state_heads(parser, DistillOptions.state_heads, DistillOptions.state_heads)
-    add_fields(group, DistillOptions, LOLA)
+    add_recipe(parser, "as docs/distillation.md names them")
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
+    from lola_vllm.training.distill.options import DistillOptions
     from lola_vllm.training.distill.run import distill
+    from lola_vllm.training.recipe import read_recipe, settled
 
-    options = from_options(
-        DistillOptions, args, lola_config=args.lola_config, state_heads=args.state_heads
-    )
+    options = settled(DistillOptions(lola_config=args.lola_config), read_recipe(args.recipe))
     config = distill(
         args.base,
         args.data,
@@ -69,5 +56,5 @@ def _run(args: argparse.Namespace) -> int:
         resume=args.resume,
         force=args.force,
     )
-    summarize(args.out, config, "distilled", "; LoRA merged" if args.lora_rows else "")
+    summarize(args.out, config, "distilled", "; LoRA merged" if options.lora_rows else "")
     return 0

@@ -239,7 +239,7 @@ def _begin_with(adapters: Mapping[str, nn.Parameter], start: Mapping[str, Tensor
             found = "is missing" if saved is None else f"is {list(saved.shape)}"
             raise CheckpointError(
                 f"adapters to begin with: {name!r} {found}, and must be {list(adapter.shape)}; "
-                "give the --lora-rank that they were trained with, and their base"
+                "give the lora_rank that they were trained with, and their base"
             )
         adapter.copy_(saved)
 

@@ -1,107 +1,89 @@
-"""The options of a distillation: every field with its default and its help text."""
+"""The options of a distillation."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
-
-from lola_vllm.core.cli_options import option
 
 if TYPE_CHECKING:
     from lola_vllm.core.config import LolaConfig
 
-# Parts of the options. Options of the second stage do not change the result of the first.
-TRANSFER, FINETUNE, LOLA = "transfer", "finetune", "lola"
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+# Options of the second stage, which do not change the result of the first.
+FINETUNE = (
+    "lora_rows", "lora_row_length", "lora_last_row_length", "lora_rank", "lora_learning_rate",
+    "map_learning_rate", "answer_weight", "loss_tokens", "average", "lora_kept", "rows_per_step",
+    "gradient_checkpointing",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class DistillOptions:
     """All options except paths. Lengths are in tokens.
 
+    In both stages a row must be so long that pairs are folded in it, for every setting that is
+    trained for.
+
     Attributes:
+        retrieval_fraction: share of rows that are synthetic retrieval prompts.
+        seed: of the order of rows and all else that is drawn.
+        dtype: of the base's weights while training.
+        window_factor_rate: learning rate of the window factors, as a multiple of that of the
+            feature maps.
+        rows: of stage 1, attention transfer; one pass is made over them in every layer.
+        row_length: tokens of a row.
+        learning_rate: AdamW's, falling to zero along half a cosine within each layer.
+        steps_per_row: optimizer steps on each row.
+        queries_per_step: query tokens that a step compares.
+        lora_rows: of stage 2, LoRA; 0 leaves the stage out.
+        lora_row_length: tokens of a row.
+        lora_last_row_length: tokens of the last row, to which rows grow by doubling, with as many
+            tokens of each length; 0: all rows are alike.
+        lora_rank: of the adapters on q, k, v and o.
+        lora_learning_rate: AdamW's for the adapters, after a warm-up falling to a tenth.
+        map_learning_rate: for the maps, which are trained on; 0 freezes them.
+        answer_weight: of the tokens of synthetic answers.
+        loss_tokens: tokens of a row, drawn at random, whose predictions are compared, besides those
+            of synthetic answers; 0: all.
+        average: share of the steps, the last ones, after which the weights are taken; their mean is
+            the result. 0: the weights after the last step.
+        lora_kept: share of what the adapters add to the weights that the result keeps.
+        rows_per_step: rows whose gradients make a step.
+        gradient_checkpointing: compute activations twice, for less memory.
         lola_config: the parameters of the checkpoint, and those trained for.
         state_heads: "kv" (Hs = Hkv) or "query" (Hs = Hq).
-        train_windows, train_sparse_caches: train for every combination of these sizes instead.
-        The others: see their help. In both stages a row must be so long that pairs are folded in
-            it, for every setting trained for.
+        train_windows, train_sparse_caches: train for every combination of these sizes instead, so
+            that they can be chosen later.
     """
 
-    retrieval_fraction: float = option("share of rows that are synthetic retrieval prompts", 0.25)
-    seed: int = option("of the order of rows and all else that is drawn", 0)
-    dtype: Literal["bfloat16", "float32"] = option(
-        "of the base's weights while training", "bfloat16"
-    )
-    window_factor_rate: float = option(
-        "learning rate of the window factors, as a multiple of that of the feature maps", 10.0
-    )
+    retrieval_fraction: float = 0.25
+    seed: int = 0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    window_factor_rate: float = 10.0
 
-    rows: int = option(
-        "rows of tokens; one pass is made over them in every layer", 256, part=TRANSFER
-    )
-    row_length: int = option("tokens of a row", 2048, part=TRANSFER)
-    learning_rate: float = option(
-        "AdamW's, falling to zero along half a cosine within each layer", 3e-2, part=TRANSFER
-    )
-    steps_per_row: int = option("optimizer steps on each row", 7, part=TRANSFER)
-    queries_per_step: int = option("query tokens that a step compares", 512, part=TRANSFER)
+    rows: int = 256
+    row_length: int = 2048
+    learning_rate: float = 3e-2
+    steps_per_row: int = 7
+    queries_per_step: int = 512
 
-    lora_rows: int = option("rows of tokens; 0 leaves the stage out", 512, part=FINETUNE)
-    lora_row_length: int = option("tokens of a row", 1024, part=FINETUNE)
-    lora_last_row_length: int = option(
-        "tokens of the last row, to which rows grow by doubling, with as many tokens of each "
-        "length; 0: all rows are alike",
-        0,
-        part=FINETUNE,
-    )
-    lora_rank: int = option("rank of the adapters on q, k, v and o", 16, part=FINETUNE)
-    lora_learning_rate: float = option(
-        "AdamW's for the adapters, after a warm-up falling to a tenth", 2e-3, part=FINETUNE
-    )
-    map_learning_rate: float = option(
-        "for the maps, which are trained on; 0 freezes them", 3e-3, part=FINETUNE
-    )
-    answer_weight: float = option("weight of the tokens of synthetic answers", 4.0, part=FINETUNE)
-    loss_tokens: int = option(
-        "tokens of a row, drawn at random, whose predictions are compared, besides those of "
-        "synthetic answers; 0: all",
-        0,
-        part=FINETUNE,
-    )
-    average: float = option(
-        "share of the steps, the last ones, after which the weights are taken; their mean is the "
-        "result. 0: the weights after the last step",
-        0.5,
-        part=FINETUNE,
-    )
-    lora_kept: float = option(
-        "share of what the adapters add to the weights that the result keeps", 1.0, part=FINETUNE
-    )
-    rows_per_step: int = option("rows whose gradients make a step", 2, part=FINETUNE)
-    gradient_checkpointing: bool = option(
-        "compute activations twice, for less memory", False, part=FINETUNE
-    )
+    lora_rows: int = 512
+    lora_row_length: int = 1024
+    lora_last_row_length: int = 0
+    lora_rank: int = 16
+    lora_learning_rate: float = 2e-3
+    map_learning_rate: float = 3e-3
+    answer_weight: float = 4.0
+    loss_tokens: int = 0
+    average: float = 0.5
+    lora_kept: float = 1.0
+    rows_per_step: int = 2
+    gradient_checkpointing: bool = False
 
     lola_config: Mapping[str, Any] = field(default_factory=dict)
     state_heads: str = "kv"
-    train_windows: Sequence[int] = option(
-        "train for each of these, so that the window size can be chosen later",
-        (),
-        part=LOLA,
-        type=_numbers,
-        metavar="N,N",
-    )
-    train_sparse_caches: Sequence[int] = option(
-        "train for each of these, so that the sparse cache size can be chosen later",
-        (),
-        part=LOLA,
-        type=_numbers,
-        metavar="N,N",
-    )
+    train_windows: tuple[int, ...] = ()
+    train_sparse_caches: tuple[int, ...] = ()
 
     @property
     def lora_alpha(self) -> int:
@@ -145,7 +127,7 @@ class DistillOptions:
         from lola_vllm.core.config import LolaConfig
 
         own = LolaConfig(**self.lola_config)
-        sizes: Sequence[Any] = self.train_sparse_caches or [own.sparse_cache_size]
+        sizes = self.train_sparse_caches or (own.sparse_cache_size,)
         return [
             LolaConfig(**{**self.lola_config, "window_size": window, "sparse_cache_size": lam})
             for window in self.train_windows or [own.window_size]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,7 +45,7 @@ def distill(
             its `work`. Stage 2 goes on from them, and stage 1 is left out.
         calibration: what `lola-vllm calibrate --save` wrote. Its sizes and its importance are
             trained for, and the checkpoint has them.
-        work: keeps training states, `maps.safetensors`, `lora.safetensors`, loss curves and
+        work: keeps training states, `maps.safetensors`, `lora.safetensors` and
             `distill.json`; default: `out` with ".training" added.
         resume: continue the run in `work`; without it a `work` that holds a run is refused.
         force: replace a model that is already at `out`.
@@ -182,7 +182,7 @@ def _fitting(maps: dict[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, T
         if shapes.get(name) != wanted.get(name):
             raise CheckpointError(
                 f"maps to begin with: {name!r} is {shapes.get(name)} and must be "
-                f"{wanted.get(name)}; give their own base and --state-heads"
+                f"{wanted.get(name)}; give their own base and state_heads"
             )
     return maps
 
@@ -245,9 +245,7 @@ def fingerprint(
         digest.update(f"{path.name} {path.stat().st_size}".encode())
     chosen = asdict(options)
     if not before:  # the second stage's options do not change the first
-        for item in fields(options):
-            if item.metadata.get("part") == FINETUNE:
-                del chosen[item.name]
+        chosen = {key: value for key, value in chosen.items() if key not in FINETUNE}
     digest.update(json.dumps(chosen, sort_keys=True).encode())
     for tensor in tensors:
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -284,9 +282,7 @@ def _report(
     options: DistillOptions,
     losses: Mapping[str, Any],
 ) -> None:
-    """`distill.json` and the loss curves; a resumed run adds to what is there."""
-    from lola_vllm.training.distill.plot import plot_losses
-
+    """Write `distill.json`; a resumed run adds to what is there."""
     path = work / "distill.json"
     found = json.loads(path.read_text()) if path.is_file() else {}
     report: dict[str, Any] = {
@@ -296,4 +292,3 @@ def _report(
         "losses": {**found.get("losses", {}), **losses},
     }
     path.write_text(json.dumps(report, indent=1))
-    plot_losses(report["losses"], work / "loss.png")

@@ -82,8 +82,8 @@ def made_by(monkeypatch: pytest.MonkeyPatch, command: str, target: str, at: int)
     [
         ("", DistillOptions()),
         (
-            "--rows 3 --learning-rate 1 --lora-rank 2 --dtype float32 "
-            "--gradient-checkpointing --train-windows 4,8 --state-heads query "
+            '--recipe {"rows":3,"learning_rate":1,"lora_rank":2,"dtype":"float32",'
+            '"gradient_checkpointing":true,"train_windows":[4,8],"state_heads":"query"} '
             '--lola-config {"window_size":4}',
             DistillOptions(
                 rows=3,

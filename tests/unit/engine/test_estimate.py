@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from lola_vllm.command import cli
 from lola_vllm.core.config import LolaConfig, LolaConfigError
 from lola_vllm.core.state import StateLayout
-from lola_vllm.engine.estimate import Estimate, Row, estimate, format_table
+from lola_vllm.engine.estimate import estimate, format_table, parts_of
 from lola_vllm.models import CheckpointError
 
 LLAMA_8B = {
@@ -33,51 +33,55 @@ def write(path: Path, **changes: object) -> Path:
     return path / "config.json"
 
 
-def chosen(result: Estimate) -> Row:
-    (row,) = [row for row in result.rows if row.chosen]
-    return row
+def write_lola(path: Path, heads: int, F: int, importance: bool = False, **lola: object) -> Path:
+    """A LoLA model of which no more is there than its first layer's key maps."""
+    write(path, model_type="lola_llama", lola_config=lola)
+    attention = "model.layers.0.self_attn"
+    tensors = {f"{attention}.feature_map_k": torch.zeros(heads, 128, F)}
+    if importance:
+        tensors[f"{attention}.importance"] = torch.zeros(8, 193)
+    save_file(tensors, path / "model.safetensors")
+    return path
 
 
-def test_llama_8b_by_hand(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("heads", "sharing", "parts", "total", "break_even", "published"),
+    [
+        (32, "none", (32 * 512 * 2 * 256, 32 * 128 * 128 * 4, 32 * 512 * 4), 338.5, 2708, 330),
+        (32, "kv_head", (8 * 512 * 2 * 256, 32 * 128 * 128 * 4, 8 * 512 * 4), 145, 1160, 137),
+        (8, "none", (8 * 512 * 2 * 256, 8 * 128 * 128 * 4, 8 * 512 * 4), 96.625, 773, 89),
+    ],
+)
+def test_llama_8b_by_hand(
+    tmp_path: Path,
+    heads: int,
+    sharing: str,
+    parts: tuple[int, int, int],
+    total: float,
+    break_even: int,
+    published: int,
+) -> None:
     """eta 64, lam 512, F 64: K and V rows of 128 x 2 bytes, H of 128 x 128 x 4 bytes a head."""
-    lola = {"sparse_cache_size": 512, "context_shift": 0}
-    result = estimate(write(tmp_path), lola, state_heads="query", feature_dim=64)
+    model = write_lola(tmp_path, heads, 64, sparse_cache_size=512, sparse_sharing=sharing)
+    result = estimate(model)
     window = 32 * 8 * 128 * 2 * 256 / MIB  # 64 pairs stay, and up to 64 more arrive
     assert window == 16
-    by_hand = {
-        "32 state heads, one per query head": {
-            "sparse K/V": 32 * 32 * 512 * 2 * 256 / MIB,
-            "H": 32 * 32 * 128 * 128 * 4 / MIB,
-            "s": 32 * 32 * 128 * 4 / MIB,
-            "positions": 32 * 32 * 512 * 4 / MIB,
-        },
-        "32 state heads, one per query head, with one sparse cache per KV head": {
-            "sparse K/V": 32 * 8 * 512 * 2 * 256 / MIB,
-            "H": 32 * 32 * 128 * 128 * 4 / MIB,
-            "s": 32 * 32 * 128 * 4 / MIB,
-            "positions": 32 * 8 * 512 * 4 / MIB,
-        },
-        "8 state heads, one per KV head": {
-            "sparse K/V": 32 * 8 * 512 * 2 * 256 / MIB,
-            "H": 32 * 8 * 128 * 128 * 4 / MIB,
-            "s": 32 * 8 * 128 * 4 / MIB,
-            "positions": 32 * 8 * 512 * 4 / MIB,
-        },
+    pairs, H, positions = (32 * size / MIB for size in parts)
+    expected = {
+        "window": window,
+        "sparse K/V": pairs,
+        "H": H,
+        "s": 32 * heads * 128 * 4 / MIB,
+        "positions": positions,
     }
-    assert [row.name for row in result.rows] == list(by_hand)
-    published = [330, 137, 89]  # these count the 64 pairs that stay, and no positions
-    for row, mib in zip(result.rows, published, strict=True):
-        expected = {"window": window, **by_hand[row.name]}
-        assert {n: size / MIB for n, size in row.parts.items() if size} == expected
-        assert row.bytes_per_sequence / MIB == sum(expected.values())
-        counted = row.bytes_per_sequence / MIB - window / 2 - expected["positions"]
-        assert counted == pytest.approx(mib, abs=1.6)
-    totals = [row.bytes_per_sequence / MIB for row in result.rows]
-    assert totals == [338.5, 145, 96.625]
-    assert result.full_kv_bytes == {4096: 512 * MIB, 32768: 4096 * MIB, 131072: 16384 * MIB}
+    found = parts_of(result.sequence)
+    assert {n: size / MIB for n, size in found.items() if size} == expected
+    assert result.bytes_per_sequence / MIB == sum(expected.values()) == total
+    # These count the 64 pairs that stay, and no positions.
+    assert total - window / 2 - positions == pytest.approx(published, abs=1.6)
+    assert [result.full_kv_bytes(n) / MIB for n in (4096, 131072)] == [512, 16384]
     # a token takes 128 KiB: 338.5 MiB / 128 KiB = 2708
-    assert [row.sequence.break_even_tokens() for row in result.rows] == [2708, 1160, 773]
-    assert chosen(result).name == "32 state heads, one per query head"
+    assert result.sequence.break_even_tokens() == break_even
 
 
 def test_windows_of_sliding_layers_are_in_both_caches(tmp_path: Path) -> None:
@@ -89,14 +93,14 @@ def test_windows_of_sliding_layers_are_in_both_caches(tmp_path: Path) -> None:
         **{"sliding_window": 512, "sliding_window_pattern": 6},
     )
     result = estimate(config, {"sparse_cache_size": 100, "sink_size": 4})
-    row = chosen(result)
     windows = 15 * 512 * 1024
-    assert row.full_kv_bytes_per_token == 3 * 1024
-    assert result.full_kv_bytes[4096] == windows + 4096 * 3 * 1024
-    growing = row.bytes_per_sequence - windows
-    assert row.sequence.break_even_tokens() == -(-growing // (3 * 1024))
-    assert row.parts["sinks"] == 3 * 4 * 1024
-    assert row.parts["window"] == windows + 3 * 128 * 1024
+    assert result.sequence.full_kv_bytes_per_token == 3 * 1024
+    assert result.full_kv_bytes(4096) == windows + 4096 * 3 * 1024
+    growing = result.bytes_per_sequence - windows
+    assert result.sequence.break_even_tokens() == -(-growing // (3 * 1024))
+    parts = parts_of(result.sequence)
+    assert parts["sinks"] == 3 * 4 * 1024
+    assert parts["window"] == windows + 3 * 128 * 1024
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -111,110 +115,71 @@ def test_bytes_are_those_of_the_layout(
         "sparse_cache_size": 9,
         "update_interval": interval,
         "sink_size": sink,
-        "context_shift": 0,
     }
-    result = estimate(write(tmp_path), lola, feature_dim=5, dtype=dtype, tensor_parallel_size=ranks)
     kv, torch_dtype = max(1, 8 // ranks), getattr(torch, dtype)
-    layouts = [(32, "none"), (32, "kv_head"), (8, "none")]
-    if ranks > 8:  # the heads that share a set would be parted
-        layouts.pop(1)
-    for row, (heads, sharing) in zip(result.rows, layouts, strict=True):
+    for heads, sharing in ((32, "none"), (32, "kv_head"), (8, "none")):
+        if ranks > 8 and sharing == "kv_head":  # the heads that share a set would be parted
+            continue
+        model = write_lola(tmp_path, heads, 5, **lola, sparse_sharing=sharing)
+        result = estimate(model, dtype=dtype, tensor_parallel_size=ranks)
         config = LolaConfig(**lola, sparse_sharing=sharing)
-        Hs = max(1, heads // ranks)
-        layout = StateLayout.from_config(config, kv, Hs, 128, 5, torch_dtype)
-        assert row.layout == layout
-        assert row.bytes_per_sequence == 32 * layout.page_bytes == sum(row.parts.values())
+        layout = StateLayout.from_config(config, kv, max(1, heads // ranks), 128, 5, torch_dtype)
+        parts = parts_of(result.sequence)
+        assert result.sequence.page == layout
+        assert result.bytes_per_sequence == 32 * layout.page_bytes == sum(parts.values())
         row_bytes = 32 * kv * 128 * 2 * torch_dtype.itemsize
-        assert row.parts["sinks"] == sink * row_bytes
-        assert row.parts["window"] == (7 + interval) * row_bytes
-        assert all(size >= 0 for size in row.parts.values())
+        assert parts["sinks"] == sink * row_bytes
+        assert parts["window"] == (7 + interval) * row_bytes
+        assert all(size >= 0 for size in parts.values())
         rest = {name: 32 * size for name, size in layout.part_bytes.items()}
-        assert row.parts["sparse K/V"] == rest["sparse_k"] + rest["sparse_v"]
-        assert row.parts["H"] == rest["H"] and row.parts["s"] == rest["s"]
-    assert result.full_kv_bytes[4096] == 4096 * 32 * kv * 256 * torch_dtype.itemsize
+        assert parts["sparse K/V"] == rest["sparse_k"] + rest["sparse_v"]
+        assert parts["H"] == rest["H"] and parts["s"] == rest["s"]
+        assert result.full_kv_bytes(4096) == 4096 * 32 * kv * 256 * torch_dtype.itemsize
 
 
 def test_int8_pairs_and_their_scales_are_the_sparse_cache(tmp_path: Path) -> None:
     lola = {"sparse_cache_size": 512, "sparse_dtype": "int8"}
     result = estimate(write(tmp_path), lola)
     pairs = 32 * 8 * 512  # layers, sparse sets, pairs of each
-    assert chosen(result).parts["sparse K/V"] == pairs * 2 * (128 + 4)
-    assert chosen(result).bytes_per_sequence == sum(chosen(result).parts.values())
+    parts = parts_of(result.sequence)
+    assert parts["sparse K/V"] == pairs * 2 * (128 + 4)
+    assert result.bytes_per_sequence == sum(parts.values())
     text = format_table(result)
     assert "sparse cache 512 as int8" in text and "scale" not in text
 
 
-@pytest.mark.parametrize(
-    ("lola", "state_heads", "name"),
-    [
-        ({}, None, "8 state heads, one per KV head"),
-        ({}, "kv", "8 state heads, one per KV head"),
-        ({}, "query", "32 state heads, one per query head"),
-        (
-            {"sparse_sharing": "kv_head"},
-            "query",
-            "32 state heads, one per query head, with one sparse cache per KV head",
-        ),
-        ({"sparse_sharing": "kv_head"}, "kv", "8 state heads, one per KV head"),
-    ],
-)
-def test_the_layout_of_the_config_is_marked(
-    tmp_path: Path, lola: dict[str, object], state_heads: str | None, name: str
-) -> None:
-    path = write(tmp_path, model_type="lola_llama", lola_config=lola)
-    result = estimate(path, state_heads=state_heads)  # type: ignore[arg-type]
-    assert chosen(result).name == name
-    assert len(result.rows) == 3
-    assert f"{name} (this config)" in format_table(result)
-
-
 def test_state_heads_come_from_the_tensors_of_a_lola_model(tmp_path: Path) -> None:
-    write(tmp_path, model_type="lola_llama", lola_config={})
-    maps = {"model.layers.0.self_attn.feature_map_k": torch.zeros(16, 128, 64)}
-    save_file(maps, tmp_path / "model.safetensors")
+    write_lola(tmp_path, 16, 64)
     for path in (tmp_path, tmp_path / "config.json"):
-        result = estimate(path)
-        assert chosen(result).name == "16 state heads" and len(result.rows) == 4
-        layout = chosen(result).layout
+        layout = estimate(path).sequence.page
         assert (layout.num_state_heads, layout.feature_dim) == (16, 64)
         assert not layout.has_score_weights
-    maps |= {"model.layers.0.self_attn.importance": torch.zeros(8, 193)}
-    save_file(maps, tmp_path / "model.safetensors")
-    assert chosen(estimate(tmp_path)).layout.has_score_weights
+    assert estimate(write_lola(tmp_path, 16, 64, True)).sequence.page.has_score_weights
 
 
 def test_a_base_is_shown_as_init_would_make_it(tmp_path: Path) -> None:
     result = estimate(write(tmp_path))
-    assert chosen(result).name == "8 state heads, one per KV head"
+    assert result.sequence.page.num_state_heads == 8
     assert result.config.facts.feature_dim == 128  # the head size
     # window 16, cache 64/4, H 8 x 256 x 128 x 4, s 8 x 256 x 4, positions 8 x 128 x 4, and as many
     # score weights, 32 layers
     by_hand = 16 + 16 + 32 + 0.25 + 0.125 + 0.125
-    assert chosen(result).bytes_per_sequence / MIB == by_hand
-    table = format_table(result)
-    assert "\n  C: 8 state heads, one per KV head (as init makes it)\n" in table
-    assert "--state-heads query --feature-dim 64" in table
-    lolcats = format_table(estimate(tmp_path, state_heads="query", feature_dim=64))
-    assert "\n  A: 32 state heads, one per query head (these options)\n" in lolcats
+    assert result.bytes_per_sequence / MIB == by_hand
 
 
-@pytest.mark.parametrize(
-    ("context", "fit"), [(None, {}), (100_000, {100_000: 1}), (8192, {8192: 23})]
-)
-def test_stock_sequences_in_the_same_memory(
-    tmp_path: Path, context: int | None, fit: dict[int, int]
-) -> None:
+def test_stock_sequences_in_the_same_memory(tmp_path: Path) -> None:
     """24 GiB hold 12,288 blocks of 16 tokens, one of them vLLM's null block."""
-    result = estimate(write(tmp_path), memory_gib=24, context=context)
-    assert result.stock_sequences == {4096: 47, 32768: 5, 131072: 1, **fit}
-    assert list(result.full_kv_bytes) == sorted(result.stock_sequences)
-    assert result.to_json()["stock_sequences"]["4096"] == 47
-    assert "Sequences of stock vLLM in 24 GiB: 47 at 4K, " in format_table(result)
-    if context == 100_000:
-        assert ", 1 at 100,000, 1 at 128K." in format_table(result)
-        assert "12,500 at 100,000" in format_table(result)
-    without = estimate(write(tmp_path))
-    assert without.stock_sequences is None and without.to_json()["stock_sequences"] is None
+    result = estimate(write(tmp_path), {"sparse_cache_size": 512})
+    fits = {4096: 47, 8192: 23, 32768: 5, 100_000: 1, 131072: 1}
+    assert {n: result.stock_sequences(24 * 2**30, n) for n in fits} == fits
+    table = {
+        name.strip(): number
+        for line in format_table(result, 24).splitlines()
+        for name, _, number in [line.strip().rpartition("  ")]
+    }
+    assert table["total"] == "113.25" and table["break-even, tokens"] == "906"
+    assert table["sequences in 24 GiB"] == "216" and table["of stock vLLM at 4K"] == "47"
+    assert "sequences in" not in format_table(result)
 
 
 # ---- refusals
@@ -243,9 +208,6 @@ def test_bad_configs(tmp_path: Path, changes: dict[str, object], message: str) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "int8"}, "dtype = 'int8': must be one of bfloat16, float16, float32"),
-        ({"memory_gib": 0.0}, "memory_gib = 0"),
-        ({"context": 0}, "context = 0: must be at least 1 token"),
         ({"tensor_parallel_size": 3}, "tensor_parallel_size = 3.*use a divisor of 8"),
         ({"overrides": {"window_size": 0}}, "window_size = 0"),
     ],
@@ -256,14 +218,10 @@ def test_bad_options(tmp_path: Path, options: dict[str, object], message: str) -
 
 
 def test_state_heads_that_ranks_cannot_share(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 768, "num_attention_heads": 12, "num_key_value_heads": 2}
-    path = write(tmp_path, **sizes)
-    assert estimate(path, tensor_parallel_size=4).rows[0].layout.num_state_heads == 3
-    shared = {"sparse_sharing": "kv_head"}
-    with pytest.raises(LolaConfigError, match=r"'kv_head': .*4 tensor-parallel ranks"):
-        estimate(path, shared, state_heads="query", tensor_parallel_size=4)
-    with pytest.raises(CheckpointError, match="12 query, 2 KV and 12 state heads"):
-        estimate(path, state_heads="query", tensor_parallel_size=8)
+    with pytest.raises(LolaConfigError, match=r"'kv_head': .*16 tensor-parallel ranks"):
+        estimate(write_lola(tmp_path, 32, 64, sparse_sharing="kv_head"), tensor_parallel_size=16)
+    with pytest.raises(CheckpointError, match="32 query, 8 KV and 16 state heads"):
+        estimate(write_lola(tmp_path, 16, 64), tensor_parallel_size=32)
 
 
 # ---- the command

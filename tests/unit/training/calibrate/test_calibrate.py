@@ -341,8 +341,8 @@ def test_command_writes_sizes_and_importance(
     source, model = tmp_path / "lola", tmp_path / "calibrated"
     assert cli.main(["init", "--base", str(base), "--out", str(source)]) == 0
     argv = ["calibrate", "--base", str(base), "--texts", str(texts)]
-    argv += ["--pairs", "40", "--least", "8", "--recent", "106", "--prompts", "8"]
-    argv += ["--prompt-length", "300", "--facts", "0.2"]
+    recipe = {"pairs": 40, "least": 8, "recent": 106, "prompts": 8}
+    argv += ["--recipe", json.dumps({**recipe, "prompt_length": 300, "facts": 0.2})]
     argv += ["--model", str(source), "--out", str(model)]
     argv += ["--save", str(tmp_path / "found.safetensors")]
     before = {path.name: path.read_bytes() for path in source.iterdir()}
@@ -436,23 +436,25 @@ def test_importance_is_fitted_to_the_models_own_pairs(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--pairs", "4"], "--pairs = 4: must be at least --least = 16"),
-        (["--recent", "-1"], "--recent = -1: must be at least 0"),
-        (["--prompts", "4"], "--prompts = 4: must be at least 5"),
-        (["--facts", "2"], "--facts = 2: must be between 0 and 1"),
+        ({"pairs": 4}, "pairs = 4: must be at least least = 16"),
+        ({"recent": -1}, "recent = -1: must be of the kind of 0"),
+        ({"prompts": 4}, "prompts = 4: must be at least 5"),
+        ({"facts": 2}, "facts = 2: must be between 0 and 1"),
         (
-            ["--facts", "0", "--prompt-length", "80"],
-            "--prompt-length = 80: too short for anything to leave the window",
+            {"facts": 0, "prompt_length": 80},
+            "prompt_length = 80: too short for anything to leave the window",
         ),
-        (["--facts", "0"], "hardly a document of"),
+        ({"facts": 0}, "hardly a document of"),
+        ({"fact": 0}, "unknown key 'fact'; did you mean 'facts'?"),
     ],
 )
 def test_bad_options_are_named(
     base: Path,
     texts: Path,
     capsys: pytest.CaptureFixture[str],
-    options: list[str],
+    options: dict[str, float],
     message: str,
 ) -> None:
-    assert cli.main(["calibrate", "--base", str(base), "--texts", str(texts), *options]) == 2
+    argv = ["calibrate", "--base", str(base), "--texts", str(texts)]
+    assert cli.main([*argv, "--recipe", json.dumps(options)]) == 2
     assert message in capsys.readouterr().err
