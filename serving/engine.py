@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from fastapi import HTTPException
-from prometheus_client import REGISTRY, CollectorRegistry
 from vllm import SamplingParams
 from vllm import __version__ as vllm_version
 from vllm.inputs import tokens_input
@@ -108,7 +107,9 @@ class LolaEngine:
     def num_states_used(self) -> int | None:
         """States that running sequences hold, from vLLM's gauge; None without statistics."""
         # With several API servers the engine reports to one only, so all gauges are read.
-        usage = own_metric("vllm:kv_cache_usage_perc", self.model, get_prometheus_registry())
+        usage = get_prometheus_registry().get_sample_value(
+            "vllm:kv_cache_usage_perc", {"model_name": self.model, "engine": "0"}
+        )
         return None if usage is None else round(usage * self.num_states)
 
     async def info(self) -> InfoResponse:
@@ -238,16 +239,6 @@ class LolaEngine:
                 "contexts shift then; leave forgotten out, or give a shorter prompt",
             )
 
-    async def sample(self) -> dict[str, float]:
-        """The workers' samples of a running sequence since the last call, averaged over workers."""
-        answers = await self.ask_workers("lola_sample")
-        fields = {field for answer in answers for field in answer}
-        return {
-            field: sum(values) / len(values)
-            for field in fields
-            if (values := [answer[field] for answer in answers if field in answer])
-        }
-
     async def sessions(self, method: str, **arguments: Any) -> Any:
         """What a method of `sessions.SessionManager` returns, in the engine's process.
 
@@ -366,9 +357,3 @@ def joined(answers: list[dict[Any, Any]]) -> list[Layer]:
         Layer(layer=layer, heads=[heads[layer][head] for head in sorted(heads[layer])])
         for layer in sorted(heads)
     ]
-
-
-def own_metric(name: str, model: str, registry: CollectorRegistry = REGISTRY) -> float | None:
-    """A metric of vLLM as this API server counts it; None if it is not kept."""
-    value: float | None = registry.get_sample_value(name, {"model_name": model, "engine": "0"})
-    return value

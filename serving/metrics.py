@@ -1,8 +1,7 @@
 """The Prometheus metrics lola:*, next to vLLM's own at /metrics.
 
-No metric is counted while tokens are made. A scrape reads vLLM's gauges and asks the workers for
-one sample, at most every few seconds. A worker copies a state in the first step after this request.
-So a scrape reports on the time since the one before.
+No metric is counted while tokens are made. A scrape reads vLLM's gauges and asks the store for its
+numbers, at most every few seconds.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 from prometheus_client.samples import Sample
 
 from lola_vllm.engine.vllm.connectors import has_store
-from lola_vllm.serving.engine import LolaEngine, own_metric
+from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.session_metrics import SessionMetrics
 
 if TYPE_CHECKING:
@@ -25,18 +24,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.lola")
 
-REFRESH_S = 5.0  # a sample is not taken more often
+REFRESH_S = 5.0  # the store is not asked more often
 PATIENCE_S = 2.0  # a scrape does not wait longer; it then reports the earlier values
 
 LABELS = ("model_name", "engine")
 
-# Name without "lola:" -> help. `sparse_fill_ratio` appears with the first running sequence.
+# Name without "lola:" -> help.
 GAUGES = {
     "states_total": "States that fit in the pool",
     "states_used": "States held by running sequences",
     "states_per_sequence": "States that a running sequence holds; 2 with prefix caching",
     "state_bytes": "Bytes of a state on one rank, all layers",
-    "sparse_fill_ratio": "Filled share of the sparse caches, mean over running sequences",
 }
 
 
@@ -67,16 +65,6 @@ class LolaMetrics:
             )
 
         self._gauges = {name: gauge(name, text) for name, text in GAUGES.items()}
-        self._samples = _Counter(
-            "lola:samples", "Sequences sampled", LABELS, registry=registry
-        ).labels(**self._labels)
-        self._hits = _Counter(
-            "lola:prefix_hit_tokens",
-            "Prompt tokens not computed because a cached state was there",
-            LABELS,
-            registry=registry,
-        ).labels(**self._labels)
-        self._hits_seen = 0.0
         self._sessions = (
             SessionMetrics(self._labels, make_counter=_Counter, registry=registry)
             if has_store(engine.config)
@@ -98,33 +86,18 @@ class LolaMetrics:
                 return
             self._due = time.monotonic() + REFRESH_S
             self._refreshing = asyncio.ensure_future(self._refresh())
-        # Not `wait_for`: it would cancel the sample, which the next scrape can still report.
+        # Not `wait_for`: it would cancel the answer, which the next scrape can still report.
         await asyncio.wait([self._refreshing], timeout=PATIENCE_S)
 
     async def _refresh(self) -> None:
         used = self.engine.num_states_used()
         if used is not None:
             self._set("states_used", used)
-        hits = own_metric("vllm:prefix_cache_hits_total", self.engine.model)
-        if hits is not None:
-            self._hits.inc(max(0.0, hits - self._hits_seen))
-            self._hits_seen = hits
         if self._sessions is not None:
             try:
                 self._sessions.update(await self.engine.sessions("stats"))
-            except Exception as error:  # as below
+            except Exception as error:  # of the engine; a scrape must be answered all the same
                 logger.debug("LoLA metrics: nothing of the sessions: %s", error)
-        if self.engine.readable() is not None:
-            return
-        try:
-            sample = await self.engine.sample()
-        except Exception as error:  # of the engine; a scrape must be answered all the same
-            logger.debug("LoLA metrics: no sample: %s", error)
-            return
-        if "sequences" in sample:
-            self._samples.inc()
-        if "sparse_fill" in sample:
-            self._set("sparse_fill_ratio", sample["sparse_fill"])
 
     def _set(self, name: str, value: float) -> None:
         self._gauges[name].labels(**self._labels).set(value)

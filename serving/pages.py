@@ -32,15 +32,10 @@ class StepRow(NamedTuple):
 
 
 class StateCopy(NamedTuple):
-    """One sequence's state: a page `[page_bytes]` per layer, after `num_tokens` tokens.
-
-    Attributes:
-        rows: all sequences of that step.
-    """
+    """One sequence's state: a page `[page_bytes]` per layer, after `num_tokens` tokens."""
 
     num_tokens: int
     pages: list[Tensor]
-    rows: list[StepRow]
 
 
 class Unreadable(NamedTuple):
@@ -100,7 +95,7 @@ class PageWatch:
                 state = first.kv_cache[0][row.state_index][None].clone()
                 pages = [pages[0] for pages in first.sequence.pages(state)]
                 del self._waiting[key]
-                self._taken[key] = StateCopy(row.num_tokens, pages, rows)
+                self._taken[key] = StateCopy(row.num_tokens, pages)
 
     def _remove_idle_hook(self) -> None:
         if self._hook is not None and not self._waiting:

@@ -9,7 +9,6 @@ pickling.
 from __future__ import annotations
 
 import functools
-import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,8 +28,6 @@ from lola_vllm.serving.library.librarian import Librarian
 from lola_vllm.serving.pages import PageWatch, StateCopy, StepRow, Unreadable
 from lola_vllm.serving.protocol import Head
 from lola_vllm.serving.recall import recalled, remembered
-
-SAMPLE = "sample"  # the watch of `lola_sample`; request ids are longer
 
 Answer = dict[str, Any]
 
@@ -126,27 +123,6 @@ class LolaWorkerExtension:
         self._lola()[1].take(request_id)
         self._take_recorder(request_id)
         return {}
-
-    @_answering
-    def lola_sample(self) -> Answer:
-        """A sample of one running sequence, from the first step after the previous call.
-
-        Returns:
-            `{}` if there was no step, else `sequences` and their mean `sparse_fill` (0 to 1).
-        """
-        modules, watch = self._lola()
-        copy = watch.take(SAMPLE)
-        watch.add(SAMPLE, _any_row)
-        if not isinstance(copy, StateCopy):
-            return {}
-        answer: Answer = {"sequences": len(copy.rows)}
-        layouts = modules[0].sequence.layouts
-        num_tokens = torch.tensor([row.num_tokens for row in copy.rows])
-        room = len(copy.rows) * sum(layout.sparse_cache_size for layout in layouts)
-        if room:
-            filled = sum(int(layout.num_sparse(num_tokens).sum()) for layout in layouts)
-            answer["sparse_fill"] = filled / room
-        return answer
 
     @_answering
     def lola_hear(
@@ -294,7 +270,3 @@ def _add_history(head: Head, ever: list[Residency]) -> None:
         )
     head.entered = [entered[position] for position in head.positions]
     head.gone = [(stay.position, stay.entered, stay.left) for stay in ever if stay.left is not None]
-
-
-def _any_row(rows: list[StepRow]) -> StepRow | None:
-    return random.choice(rows) if rows else None
