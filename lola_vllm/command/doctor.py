@@ -10,7 +10,6 @@ import ctypes
 import json
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -19,8 +18,6 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-
-from lola_vllm.core import cpu
 
 GIB = 2**30
 PROBE_LIMIT_S = 180
@@ -92,7 +89,6 @@ def examine(model: Path | None = None) -> list[Finding]:
         *check_packages(probe),
         *check_plugin(probe, os.environ),
         *check_ops(probe),
-        *check_environment(probe, os.environ),
         *check_memory(),
     ]
     if model is not None:
@@ -284,43 +280,6 @@ def _check_results(checks: Mapping[str, list[tuple[str, bool]]]) -> Iterator[Fin
             yield Finding("ok", "self-check", f"{name} does as plain torch does:{table}")
 
 
-def check_environment(probe: Probe, env: Mapping[str, str]) -> Iterator[Finding]:
-    """What makes a server on a CPU slow: variables, and a dtype without fast instructions."""
-    if probe.facts.get("device") != "cpu":
-        return
-    if env.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE" and "GOMP_SPINCOUNT" not in env:
-        yield Finding(
-            "note",
-            "OMP_WAIT_POLICY",
-            "threads spin while they wait, and slow each other down on a machine with other work",
-            "export OMP_WAIT_POLICY=PASSIVE, or GOMP_SPINCOUNT=20000 on a machine without "
-            "('lola-vllm serve' chooses)",
-        )
-    if env.get("VLLM_CPU_OMP_THREADS_BIND", "auto") == "auto":
-        yield Finding(
-            "note",
-            "VLLM_CPU_OMP_THREADS_BIND",
-            "vLLM keeps one core for itself and binds every server to the same others",
-            "export VLLM_CPU_OMP_THREADS_BIND=nobind ('lola-vllm serve' and make do)",
-        )
-    if cpu.preferred_dtype({}, env) == "float32":
-        yield Finding(
-            "note",
-            "bfloat16",
-            f"this CPU has no instructions for it ({', '.join(cpu.BFLOAT16_FLAGS)}), and runs "
-            "models several times faster in float32",
-            "serve with --dtype float32 ('lola-vllm serve' and 'lola-vllm eval' do)",
-        )
-    threads, cores = env.get("OMP_NUM_THREADS", ""), len(os.sched_getaffinity(0))
-    if threads.isdigit() and int(threads) > cores:
-        yield Finding(
-            "note",
-            "OMP_NUM_THREADS",
-            f"{threads} threads for {cores} cores",
-            f"export OMP_NUM_THREADS={cores}, or unset it",
-        )
-
-
 def check_memory() -> Iterator[Finding]:
     """Free memory, for what a server takes before any weight."""
     import psutil
@@ -336,35 +295,9 @@ def check_memory() -> Iterator[Finding]:
 
 def check_model(model: Path) -> Iterator[Finding]:
     """A LoLA model's directory: its config, and names and shapes of its tensors."""
-    try:
-        tensors = _look_at_model(model)
-    except _ModelFault as fault:
-        yield Finding("fault", "model", *fault.args)
-        return
-    yield Finding("ok", "model", f"{model}: config and {tensors} tensors fit each other")
-    if not (model / "tokenizer_config.json").is_file():
-        yield Finding(
-            "note",
-            "tokenizer",
-            f"{model} has no tokenizer_config.json; only token ids can be sent",
-            "copy the base model's tokenizer files there",
-        )
-
-
-class _ModelFault(Exception):
-    """What is wrong with a model, and the remedy."""
-
-
-def _look_at_model(model: Path) -> int:
-    """The number of tensors of a complete model.
-
-    Raises:
-        _ModelFault: it is not.
-    """
     from lola_vllm.core.config import LOLA_TYPES
     from lola_vllm.models.base import parse_config
-    from lola_vllm.models.families import BASE_NAMES, why_not
-    from lola_vllm.models.files import read_json, read_shapes, weight_files
+    from lola_vllm.models.files import CheckpointError, read_json, read_shapes, weight_files
     from lola_vllm.models.schema import (
         LOLA_TENSORS,
         base_left_out,
@@ -373,33 +306,15 @@ def _look_at_model(model: Path) -> int:
         settle_facts,
     )
 
-    if not model.is_dir():
-        if model.exists():
-            raise _ModelFault(f"{model}: a file, not a directory", f"give {model.parent}")
-        raise _ModelFault(f"{model}: no such directory", "give the directory of a LoLA model")
-    if not (model / "config.json").is_file():
-        remedy = "give the directory of a model; lola-vllm demo-model --out DIR makes one to try"
-        raise _ModelFault(f"{model}: no config.json there", remedy)
     try:
         raw = read_json(model / "config.json")
-        model_type = raw.get("model_type")
-        if model_type not in LOLA_TYPES:
-            remedy = f"give a LoLA model, made of a {BASE_NAMES}"
-            if why_not(model / "config.json", raw) is None:
-                remedy = (
-                    f"make a LoLA model of it: lola-vllm init --base {shlex.quote(str(model))} "
-                    "--out DIR (untrained maps), or lola-vllm convert or distill"
-                )
-            text = f"{model}: model_type is {model_type!r}, not {LOLA_TYPES[0]!r}"
-            raise _ModelFault(text, remedy)
+        if raw.get("model_type") not in LOLA_TYPES:
+            raise CheckpointError(
+                f"{model}: model_type is {raw.get('model_type')!r}, not {LOLA_TYPES[0]!r}"
+            )
         config = parse_config(model, raw)
-    except (ValueError, OSError) as error:
-        remedy = f"correct {model / 'config.json'}, or copy it from where the model came from"
-        raise _ModelFault(_of_model(model, error), remedy) from error
-    again = "copy the model again, or make it anew: lola-vllm init, convert or distill"
-    try:
         if not weight_files(model):
-            raise _ModelFault(f"{model}: no safetensors files there", again)
+            raise CheckpointError(f"{model}: no safetensors files there")
         settle_facts(config, model)
         expected, shapes = expected_tensors(config), read_shapes(model)
         found = dict(base_left_out(config, shapes))
@@ -408,13 +323,20 @@ def _look_at_model(model: Path) -> int:
             found = {k: v for k, v in found.items() if k.endswith(LOLA_TENSORS)}
         check_tensors(expected, found)
     except (ValueError, OSError) as error:
-        raise _ModelFault(_of_model(model, error), again) from error
-    return len(shapes)
-
-
-def _of_model(model: Path, error: Exception) -> str:
-    text = str(error)
-    return text if text.startswith(str(model)) else f"{model}: {text}"
+        remedy = (
+            "give the directory of a LoLA model, copy it again from where it came from, or make "
+            "one: lola-vllm demo-model, init, convert, distill or linearize"
+        )
+        yield Finding("fault", "model", str(error), remedy)
+        return
+    yield Finding("ok", "model", f"{model}: config and {len(shapes)} tensors fit each other")
+    if not (model / "tokenizer_config.json").is_file():
+        yield Finding(
+            "note",
+            "tokenizer",
+            f"{model} has no tokenizer_config.json; only token ids can be sent",
+            "copy the base model's tokenizer files there",
+        )
 
 
 def _installed(distribution: str) -> bool:

@@ -1,4 +1,4 @@
-"""The dtype in which a CPU multiplies fast.
+"""What the CPU is, and the dtype in which it multiplies fast.
 
 `lola-vllm serve`, plain `vllm serve`, evaluations and the doctor all use these functions. Imports
 neither torch nor vLLM.
@@ -7,6 +7,7 @@ neither torch nor vLLM.
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,14 +50,21 @@ def preferred_dtype(config: Mapping[str, Any], env: Mapping[str, str] = os.envir
     return "float32" if env.get(ISA_ENV) in _WITHOUT or _flags() else None
 
 
+def name() -> str:
+    """The processor's own name."""
+    return _fact("model name") or platform.processor() or platform.machine()
+
+
 def _flags() -> frozenset[str]:
     """Features of the first CPU; empty where the system does not tell."""
+    return frozenset(_fact("flags", "Features").split())
+
+
+def _fact(*names: str) -> str:
+    """What the system says of the first CPU under one of these names; empty where it does not."""
     try:
         lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return frozenset()
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
+        return ""
+    facts = (line.partition(":") for line in lines)
+    return next((value.strip() for key, _, value in facts if key.strip() in names), "")

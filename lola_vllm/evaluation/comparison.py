@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lola_vllm.core import cpu
 from lola_vllm.evaluation import EvalError, engine, summary
 from lola_vllm.evaluation.plan import Plan
 from lola_vllm.evaluation.results import Record, Row, fingerprint
@@ -210,23 +211,12 @@ def describe_machine() -> dict[str, Any]:
         except metadata.PackageNotFoundError:  # vLLM's builds have several names
             versions[package] = None
     return {
-        "cpu": cpu_name(),
+        "cpu": cpu.name(),
         "cores": os.cpu_count(),
         "gpu": _gpu_name(),
         "python": platform.python_version(),
         "versions": versions,
     }
-
-
-def cpu_name() -> str:
-    """The processor's own name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _gpu_name() -> str | None:

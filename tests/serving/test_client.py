@@ -68,10 +68,12 @@ def test_what_is_wrong_is_said(run, tiny, tmp_path, monkeypatch):
 
 
 def test_a_chat_goes_on_in_another_terminal(tiny, capsys, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+
     def chat(text, *options):
         monkeypatch.setattr("sys.stdin", io.StringIO(text))
         words = ["chat", tiny.url, "--session", "talk", "--temperature", "0", "--max-tokens", "6"]
-        status = cli.main([*words, "--api-key", KEY, *options])
+        status = cli.main([*words, *options])
         return status, *capsys.readouterr()
 
     status, out, notes = chat(f"What is {TEXT}?\n\nAnd then?\n")
@@ -99,5 +101,5 @@ def test_a_chat_goes_on_in_another_terminal(tiny, capsys, monkeypatch):
     stdin = io.StringIO()
     monkeypatch.setattr(stdin, "readline", readline)
     monkeypatch.setattr("sys.stdin", stdin)
-    assert cli.main(["chat", tiny.url, "--session", "talk", "--api-key", KEY]) == 2
+    assert cli.main(["chat", tiny.url, "--session", "talk"]) == 2
     assert "'talk' is at turn 5" in capsys.readouterr().err

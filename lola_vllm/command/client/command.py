@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lola_vllm.command.client import ClientError
 from lola_vllm.command.client.chat import MAX_TOKENS, chat
-from lola_vllm.command.client.options import Verb, add_key, add_verbs, server_of
+from lola_vllm.command.client.options import Verb, add_verbs, server_of
 from lola_vllm.command.client.terminal import harmless, print
 from lola_vllm.memory.sessions.names import is_unnamed
 
@@ -103,7 +103,6 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
         help="at which an answer is cut (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--temperature", type=float, metavar="X", help="0 for the likeliest words")
-    add_key(parser)
 
     def run(args: argparse.Namespace) -> int:
         options = {name: getattr(args, name) for name in ("model", "max_tokens", "temperature")}

@@ -35,9 +35,6 @@ def add_library(parser: argparse.ArgumentParser) -> None:
     add.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="text, HTML or PDF")
     add.add_argument("--name", required=True, metavar="LIBRARY", help=_LIBRARY)
     add.add_argument(
-        "--part-tokens", type=int, metavar="N", help="of each part of a long text (default: 2,000)"
-    )
-    add.add_argument(
         "--ttl",
         type=float,
         metavar="SECONDS",
@@ -50,17 +47,9 @@ def add_library(parser: argparse.ArgumentParser) -> None:
     ask = verb("ask", "a question to a library; the answer names its sources", _ask)
     ask.add_argument("library", metavar="LIBRARY", help=_LIBRARY)
     ask.add_argument("question", metavar="QUESTION", help="in words")
-    ask.add_argument(
-        "--top",
-        type=int,
-        metavar="N",
-        help="with --sources: how many (default: 3)",
-    )
     ask.add_argument("--session", metavar="NAME", help="a new one, to go on with in chat")
     ask.add_argument("--max-tokens", type=int, default=MAX_TOKENS, metavar="N",
                      help="of the answer (default: %(default)s)")  # fmt: skip
-    ask.add_argument("--temperature", type=float, default=0.0, metavar="X",
-                     help="0, the default, for the likeliest words")  # fmt: skip
     ask.add_argument("--sources", action="store_true", help="the sources alone, without an answer")
     ask.add_argument("--json", action="store_true", help="JSON instead of text")
     remove = verb("remove", "delete a library, or documents of it", _remove)
@@ -70,7 +59,7 @@ def add_library(parser: argparse.ArgumentParser) -> None:
 
 def _add(server: Server, args: argparse.Namespace) -> int:
     files, where = files_of(args.paths), library_path(args.name, "documents")
-    options = {"part_tokens": args.part_tokens, "ttl": args.ttl, "replace": args.replace}
+    options = {"ttl": args.ttl, "replace": args.replace}
     given = {name: value for name, value in options.items() if value is not None}
     refused = 0
     for number, (path, title) in enumerate(files, start=1):
@@ -138,13 +127,12 @@ def _list(server: Server, args: argparse.Namespace) -> int:
 
 def _ask(server: Server, args: argparse.Namespace) -> int:
     if args.sources:
-        top = {} if args.top is None else {"top": args.top}
-        body: dict[str, Any] = {"question": args.question, **top}
+        body: dict[str, Any] = {"question": args.question}
         found = server.json("POST", library_path(args.library, "find"), body)
     else:
         body = {
             "messages": [{"role": "user", "content": args.question}],
-            "max_tokens": args.max_tokens, "temperature": args.temperature,
+            "max_tokens": args.max_tokens, "temperature": 0.0,
             **({} if args.session is None else {"session": args.session}),
         }  # fmt: skip
         if not args.json:

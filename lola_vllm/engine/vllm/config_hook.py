@@ -76,7 +76,6 @@ class LolaModelConfig(VerifyAndUpdateConfig):
         warn_of_cpu_adapters(vllm_config)
         settle_cpu_worker(vllm_config)
         settle_worker_extension(vllm_config)
-        announce_compiling(vllm_config)
 
 
 def settle_sessions(vllm_config: VllmConfig) -> None:
@@ -298,15 +297,6 @@ def announce_context_shift(vllm_config: VllmConfig) -> None:
             "(--max-model-len)",
             *(f"{n:,}" for n in (schedule.length, schedule.interval, schedule.interval)),
             f"{vllm_config.model_config.max_model_len:,}",
-        )
-
-
-def announce_compiling(vllm_config: VllmConfig) -> None:
-    """A word before the longest part of a start, during which nothing is printed."""
-    if not vllm_config.model_config.enforce_eager:
-        logger.info(
-            "torch.compile runs before the server answers: a minute or more without output, less "
-            "when its cache is there; --enforce-eager starts without it, and decodes more slowly"
         )
 
 

@@ -18,23 +18,6 @@ CONNECTOR, CONNECTOR_MODULE = "LolaStateConnector", "lola_vllm.engine.vllm.conne
 ON_GPU = ("OffloadingConnector",)
 IN_ALIGN_MODE = ("MooncakeStoreConnector",)
 
-_CONVOLUTIONS = (
-    "it divides a Mamba state into a convolution's and an SSM's part, and a LoLA state has neither"
-)
-_NO_HMA = "it does not support vLLM's hybrid memory, without which a state is no block"
-_REASONS = {
-    "NixlConnector": _CONVOLUTIONS,
-    "NixlPullConnector": _CONVOLUTIONS,
-    "NixlPushConnector": _CONVOLUTIONS,
-    "MoRIIOConnector": _CONVOLUTIONS,
-    "MooncakeConnector": "its part for Mamba states knows those of GDN layers only",
-    "LMCacheConnectorV1": _NO_HMA,
-    "LMCacheMPConnector": _NO_HMA,
-    "ExampleConnector": _NO_HMA,
-    "FlexKVConnectorV1": _NO_HMA,
-    "P2pNcclConnector": _NO_HMA,
-    "MultiConnector": "a state travels by one connector",
-}
 REMEDY = "remove the option; LoLA's own store is --additional-config '{\"lola\": {...}}'"
 
 
@@ -56,8 +39,7 @@ def unfit(name: str | None, vllm_config: VllmConfig) -> str | None:
         if not vllm_config.cache_config.enable_prefix_caching:
             return "it stores the states at block boundaries; use --enable-prefix-caching with it"
         return None
-    reason = _REASONS.get(str(name), "it is not known to move whole states")
-    return f"{reason}; {REMEDY}"
+    return f"it divides a state, or is not known to move whole states; {REMEDY}"
 
 
 def offloading_connector(vllm_config: VllmConfig) -> str | None:

@@ -127,7 +127,8 @@ def test_a_chat_begins_with_a_library(
     shelf: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("What is at the harbour?\nAnd then?\n"))
-    words = ["chat", shelf.url, "--api-key", KEY, "--library", "shelf", "--session", "walk"]
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    words = ["chat", shelf.url, "--library", "shelf", "--session", "walk"]
     assert cli.main([*words, "--temperature", "0", "--max-tokens", "4"]) == 0
     answers, notes = capsys.readouterr()
     assert answers.strip() and len(re.findall(r"^\[\[\d\] .*\(\d+%\)\]$", notes, re.M)) == 6

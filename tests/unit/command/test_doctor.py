@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 
 import pytest
@@ -146,22 +145,6 @@ def test_vllm_plugins_that_leave_lola_out(value, at_fault):
     assert len(found) == at_fault
 
 
-def test_environment_of_a_cpu(monkeypatch):
-    monkeypatch.setattr(doctor.cpu, "_flags", lambda: frozenset({"avx512_bf16"}))
-
-    def subjects(**env):
-        return [f.subject for f in doctor.check_environment(Probe(HEALTHY, ""), env)]
-
-    good = {"OMP_WAIT_POLICY": "passive", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    assert subjects() == ["OMP_WAIT_POLICY", "VLLM_CPU_OMP_THREADS_BIND"]
-    assert subjects(**good) == []
-    assert subjects(**good, OMP_NUM_THREADS="4096") == ["OMP_NUM_THREADS"]
-    cuda = Probe(HEALTHY | {"device": "cuda"}, "")
-    assert not list(doctor.check_environment(cuda, {}))
-    (finding,) = doctor.check_environment(Probe(HEALTHY, ""), good | {"LOLA_VLLM_CPU_ISA": "avx2"})
-    assert finding.subject == "bfloat16" and "--dtype float32" in finding.remedy
-
-
 def test_system_without_libraries(monkeypatch):
     def missing(name):
         raise OSError(name)
@@ -182,38 +165,21 @@ def spoil(model, **changes):
 
 
 @pytest.mark.parametrize(
-    ("harm", "text", "remedy"),
+    ("harm", "text"),
     [
-        (lambda m: shutil.rmtree(m), "{m}: no such directory", "give the directory of a LoLA"),
-        (lambda m: (m / "config.json").unlink(), "{m}: no config.json there", "demo-model"),
-        (
-            lambda m: (m / "config.json").write_text("{"),
-            "not valid JSON",
-            "correct {m}/config.json",
-        ),
-        (
-            lambda m: spoil(m, model_type="bert"),
-            "model_type is 'bert'",
-            "made of a decoder of transformers",
-        ),
-        (
-            lambda m: spoil(m, vocab_size="x"),
-            "vocab_size = 'x': must be of type int",
-            "correct {m}",
-        ),
-        (lambda m: (m / "model.safetensors").unlink(), "no safetensors files", "copy the model ag"),
-        (
-            lambda m: os.truncate(m / "model.safetensors", 900),
-            "not a complete",
-            "copy the model ag",
-        ),
+        (lambda m: shutil.rmtree(m), "no config.json there"),
+        (lambda m: (m / "config.json").unlink(), "{m}: no config.json there"),
+        (lambda m: (m / "config.json").write_text("{"), "not valid JSON"),
+        (lambda m: spoil(m, model_type="bert"), "{m}: model_type is 'bert'"),
+        (lambda m: spoil(m, vocab_size="x"), "vocab_size = 'x': must be of type int"),
+        (lambda m: spoil(m, vocab_size=7), "the tensors do not fit config.json"),
+        (lambda m: (m / "model.safetensors").unlink(), "no safetensors files"),
+        (lambda m: os.truncate(m / "model.safetensors", 900), "not a complete"),
     ],
-    ids=["nowhere", "no-config", "json", "other-type", "field", "no-weights", "damaged"],
+    ids=["nowhere", "no-config", "json", "other-type", "field", "shape", "no-weights", "damaged"],
 )
-def test_a_remedy_for_every_model_that_cannot_be_served(model, harm, text, remedy):
+def test_a_model_that_cannot_be_served_is_a_fault(model, harm, text):
     harm(model)
     (finding,) = doctor.check_model(model)
-    assert finding.level == "fault"
+    assert finding.level == "fault" and "copy it again" in finding.remedy
     assert text.format(m=model) in finding.text
-    assert finding.text.count(str(model)) == 1
-    assert re.search(remedy.format(m=re.escape(str(model))), finding.remedy)

@@ -17,11 +17,10 @@ def config(caching=True, backend="native"):
     )
 
 
-def test_every_connector_of_vllm_has_an_answer():
-    known = {*connectors._REASONS, *connectors.ON_GPU, *connectors.IN_ALIGN_MODE}
-    registry = set(KVConnectorFactory._registry)
-    assert known - {"P2pNcclConnector"} <= registry
-    for name in registry - known:
+def test_connectors_are_those_of_vllm():
+    known = {*connectors.ON_GPU, *connectors.IN_ALIGN_MODE}
+    assert known < set(KVConnectorFactory._registry)
+    for name in set(KVConnectorFactory._registry) - known:
         assert "not known to move whole states" in connectors.unfit(name, config())
 
 
@@ -31,7 +30,5 @@ def test_what_is_accepted(monkeypatch, cpu):
     assert bool(connectors.unfit("OffloadingConnector", config())) == cpu
     assert connectors.unfit("MooncakeStoreConnector", config()) is None
     assert "--enable-prefix-caching" in connectors.unfit("MooncakeStoreConnector", config(False))
-    assert "convolution" in connectors.unfit("NixlConnector", config())
-    lmcache = connectors.offloading_connector(config(backend="lmcache"))
-    assert "hybrid memory" in connectors.unfit(lmcache, config())
+    assert connectors.offloading_connector(config(backend="lmcache")) == "LMCacheMPConnector"
     assert connectors.offloading_connector(config()) == "OffloadingConnector"
