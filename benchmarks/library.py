@@ -39,10 +39,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from lola_vllm.core.cpu import preferred_dtype
 from lola_vllm.engine.hf import LolaCache
-from lola_vllm.engine.hf.question import queries_of
 from lola_vllm.memory.documents.choose import CANDIDATES, choose
 from lola_vllm.memory.documents.keys import DocumentKeys, Fetched, reading_heads
 from lola_vllm.memory.documents.words import WordIndex, fuse
+from tools.support.question import queries_of
 
 TOP = 3
 ANSWER_TOKENS = {"needles": 9, "facts": 24}

@@ -174,7 +174,6 @@ def run(launch: Launch, cpus: Set[int]) -> None:
 
 
 def _front(directory: Path, named: Set[str], env: Mapping[str, str]) -> list[ChosenOption]:
-    """The options that clients notice: name, address and details of answers."""
     chosen = []
     if "served-model-name" not in named and directory.is_dir() and directory.resolve().name:
         reason = "the directory's name, for requests and metrics"
@@ -193,7 +192,6 @@ def _front(directory: Path, named: Set[str], env: Mapping[str, str]) -> list[Cho
 
 
 def _config(model: Path) -> dict[str, Any]:
-    """The `config.json` of a LoLA model."""
     config = read_json(model / "config.json")
     if config.get("model_type") not in LOLA_TYPES:
         raise CheckpointError(
@@ -206,7 +204,6 @@ def _config(model: Path) -> dict[str, Any]:
 def _quick(
     config: Mapping[str, Any], named: Set[str], env: Mapping[str, str]
 ) -> list[ChosenOption]:
-    """The options for speed on a CPU."""
     chosen = []
     dtype = cpu.preferred_dtype(config, env)
     if dtype and not {"dtype", "quantization"} & named:

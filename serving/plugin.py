@@ -87,7 +87,6 @@ class LolaEndpoints:
 
 
 def _settings(config: VllmConfig) -> StoreSettings:
-    """The settings of stored states, also where nothing is stored."""
     additional = config.additional_config
     given = additional.get(STORE_KEY) if isinstance(additional, dict) else None
     return StoreSettings.from_mapping(given or {}, STORE_KEY)

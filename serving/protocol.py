@@ -207,7 +207,6 @@ class PromptRequest(BaseModel):
         return "prompt" if self.messages is None else "messages"
 
     def _texts(self) -> Iterator[str]:
-        """A text prompt, or what the messages say."""
         if isinstance(self.prompt, str):
             yield self.prompt
         for message in self.messages or ():

@@ -163,7 +163,6 @@ class LolaWorkerExtension:
         return None if blocks is None or len(blocks) <= index else blocks[index]
 
     def _is_of(self, request_id: str, row: StepRow) -> bool:
-        """Whether a row of a step is a request's."""
         return self._state_index(request_id, row.num_tokens) == row.state_index
 
     def _lola(self) -> tuple[list[LolaAttention], PageWatch]:

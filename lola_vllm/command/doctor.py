@@ -265,7 +265,6 @@ def check_ops(probe: Probe) -> Iterator[Finding]:
 
 
 def _check_results(checks: Mapping[str, list[tuple[str, bool]]]) -> Iterator[Finding]:
-    """What each back end does differently from plain torch, step by step."""
     for name, lines in checks.items():
         faults = [text for text, ok in lines if not ok]
         table = "".join(f"\n       {'     ' if ok else 'FAULT'}  {text}" for text, ok in lines)

@@ -269,7 +269,6 @@ class LolaConfig(BaseModel):
 
 
 def _of_layer(sizes: Sizes, index: int) -> int | tuple[int, ...]:
-    """The number of a layer, or those of its KV heads where they differ."""
     size = sizes if isinstance(sizes, int) else sizes[index]
     return size if isinstance(size, int) or len(set(size)) > 1 else size[0]
 

@@ -199,7 +199,6 @@ def _contexts(config: DecoderConfig) -> str:
 
 
 def _read_config(path: Path) -> tuple[DecoderConfig, bool]:
-    """The config, and whether it is a LoLA model's rather than a base's."""
     raw = read_json(path)
     is_lola = raw.get("model_type") in LOLA_TYPES
     for key in (*_REQUIRED, "num_key_value_heads", "head_dim"):

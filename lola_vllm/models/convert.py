@@ -134,7 +134,6 @@ def convert_checkpoint(
 def _lora_file(
     distill: Path, maps: Maps, lora: Path | None, lora_alpha: float | None
 ) -> Path | None:
-    """The file to take adapters from, None if there is none."""
     if lora is None:
         if maps.has_lora:
             return distill
@@ -158,7 +157,6 @@ def merge(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
 
 def _merged(name: str, weight: Tensor, lora: Lora, alpha: float) -> Tensor:
-    """A tensor of the base with its LoRA pair, if it has one."""
     pair = lora.pairs.get(name)
     if pair is None:
         return weight

@@ -50,7 +50,6 @@ def why_not(path: Path, raw: dict[str, Any]) -> str | None:
 
 
 def _own_config(path: Path, raw: dict[str, Any]) -> Any:
-    """`raw` as its family's own config, which fills in the family's defaults."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 

@@ -84,7 +84,6 @@ def init_checkpoint(
 def _config_json(
     base: Path, config_overrides: Mapping[str, Any], state_heads: StateHeads
 ) -> dict[str, Any]:
-    """The base's `config.json`, field by field, with LoLA's three changes."""
     if state_heads not in get_args(StateHeads):
         raise CheckpointError(f"state_heads = {state_heads!r}: must be 'kv' or 'query'")
     raw = read_base_config(base)

@@ -353,7 +353,6 @@ def _report(sort: str, texts: list[str]) -> list[str]:
 
 
 def _fitting_model(file: LayerTensors) -> str:
-    """Which model the file would fit, as far as its tensors tell."""
     facts = []
     if (shape := file.shape(MAP_Q)) and len(shape) == 3:
         facts.append(f"{shape[0]} query heads of size {shape[1]}, F {shape[2]}")

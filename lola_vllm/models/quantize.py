@@ -120,7 +120,6 @@ def _convert(
     pack: Callable[[str, Tensor], dict[str, Tensor]],
     config: dict[str, Any],
 ) -> dict[str, Tensor]:
-    """The tensors that the copy has in the place of a tensor of the source."""
     if name.endswith("_proj.weight"):
         return pack(name, tensor)
     tied = config.get("tie_word_embeddings", False)

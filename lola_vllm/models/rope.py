@@ -183,7 +183,6 @@ def _pairs(width: int, interleaved: bool) -> tuple[Tensor, Tensor]:
 
 
 def _apply(attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Vectors `[n, R]` as the family turns them by cos and sin `[n, R]`."""
     apply: Any = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     heads = x[None, None]
     turned: Tensor = apply(heads, heads, cos[None], sin[None])[0][0, 0]

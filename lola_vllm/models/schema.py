@@ -137,7 +137,6 @@ def settle_facts(config: DecoderConfig, model: str | Path, revision: str | None 
 
 
 def _hub_shapes(name: str | Path, revision: str | None) -> dict[str, tuple[int, ...]]:
-    """Shapes of a repository's tensors: of Hugging Face's cache, or from the hub."""
     from huggingface_hub import get_safetensors_metadata, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
 

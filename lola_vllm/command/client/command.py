@@ -163,7 +163,6 @@ def _export(server: Server, args: argparse.Namespace) -> None:
 
 
 def _export_all(server: Server, name: str, directory: Path) -> str:
-    """Write the files of all ranks of a session; what to say."""
     try:
         written = server.state(name, directory / f"{name}{_SUFFIX}")
     except ClientError as error:

@@ -78,7 +78,6 @@ def _add(server: Server, args: argparse.Namespace) -> int:
 
 
 def _add_text(server: Server, where: str, before: str, body: dict[str, Any]) -> None:
-    """Add a document, and draw how far it is."""
     with closing(server.events(where, {**body, "stream": True})) as events:
         for event in events:
             if isinstance(event.get("parts"), int):
@@ -146,8 +145,6 @@ def _ask(server: Server, args: argparse.Namespace) -> int:
 
 
 def _stream(server: Server, library: str, body: dict[str, Any]) -> int:
-    """Print the sources of an answer, and below them the answer as it comes."""
-
     def show(sources: Sequence[dict[str, Any]]) -> None:
         print(*source_lines(sources), sep="\n", end="\n\n")
 

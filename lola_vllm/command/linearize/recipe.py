@@ -253,7 +253,6 @@ def growing_rows(tokens: int, first: int, last: int) -> int:
 
 
 def _names() -> dict[str, set[str]]:
-    """Names of the options by part."""
     parts = get_type_hints(Recipe).items()
     return {part: {item.name for item in fields(kind)} for part, kind in parts}
 

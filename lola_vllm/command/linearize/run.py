@@ -142,7 +142,6 @@ def _plan(
     overrides: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> tuple[Recipe, Speed]:
-    """The recipe, scaled to the hours by the measured speed."""
     from lola_vllm.command.linearize.timing import measure_speed, measure_transfer
 
     def derived(scale: float) -> Recipe:
@@ -284,7 +283,6 @@ class _Run:
 
 
 def _size_of(texts: Path) -> tuple[int, int]:
-    """Bytes of texts, and the number of kinds."""
     if not texts.exists():
         raise CheckpointError(f"--texts {texts}: no such file or directory")
     files = [texts] if texts.is_file() else sorted(texts.glob("*.txt"))

@@ -203,7 +203,6 @@ class Composer:
         evicted: Pairs,
         out: Bytes,
     ) -> None:
-        """Write the sparse caches and the hidden states of a run."""
         counts = [[min(n, self._lam[i]) for i in run.sets] for n in composition.evicted]
         index = slice(run.sets[0], run.sets[-1] + 1) if len(run.sets) == 1 else run.sets
         left = evicted.each(lambda x: x[index].flatten(0, 1))
@@ -243,8 +242,6 @@ class Composer:
         sets: list[int],
         counts: list[list[int]],
     ) -> Pairs:
-        """The pairs in the documents' sparse caches, at their places in the composition."""
-
         def take(name: str) -> Tensor:
             return self._parts.take(rows, name, sets, counts)
 
@@ -390,7 +387,6 @@ def _recalled(phi: Tensor, sizes: list[int], H: Tensor, s: Tensor) -> Tensor:
 
 
 def _lengths(x: Tensor) -> Tensor:
-    """Lengths of rows `[m, d]`."""
     return torch.linalg.vecdot(x, x).sqrt_()
 
 
@@ -423,7 +419,6 @@ def _by_set(counts: NDArray[np.int64]) -> Tensor:
 
 
 def _joined(one: Pairs, other: Pairs) -> Pairs:
-    """Pairs behind others."""
     return Pairs(
         _cat([one.k, other.k]),
         _cat([one.v, other.v]),

@@ -49,8 +49,6 @@ def panels_of(weight: Tensor) -> Tensor | None:
 
 @functools.cache
 def _register_fake() -> None:
-    """Tell torch.compile the shape of a product."""
-
     @torch.library.register_fake("lola::linear")
     def fake(x: Tensor, panels: Tensor, bias: Tensor | None) -> Tensor:
         return x.new_empty(*x.shape[:-1], panels.shape[0] * PANEL)

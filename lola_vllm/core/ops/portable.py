@@ -168,7 +168,6 @@ def _step(group: HeadGroup, q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, out: 
 
 
 def _write(group: HeadGroup, k: Tensor, v: Tensor, chunk: Chunk, query_positions: Tensor) -> None:
-    """Put the new pairs in their rows of the exact store."""
     columns = torch.arange(k.shape[1], device=k.device)
     b, col = (columns < chunk.lengths[:, None]).nonzero(as_tuple=True)
     page, row = chunk.state_indices[b], group.layout.row(query_positions[b, col])

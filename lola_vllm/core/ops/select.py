@@ -83,7 +83,6 @@ def _from(name: str) -> list[str]:
 
 
 def _cpp(device_type: str, dtype: torch.dtype) -> Backend | str:
-    """The C++ back end, or why it cannot serve."""
     if device_type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return f"the C++ ops run float32 and bfloat16 on a CPU, not {dtype} on {device_type}"
     if not cpp.load():
@@ -95,12 +94,10 @@ def _cpp(device_type: str, dtype: torch.dtype) -> Backend | str:
 
 
 def _torch(device_type: str, dtype: torch.dtype) -> Backend | str:
-    """The portable back end."""
     return Backend("torch", portable.decode, portable.prefill)
 
 
 def _triton(device_type: str, dtype: torch.dtype) -> Backend | str:
-    """The Triton back end, or why it cannot serve."""
     if device_type != "cuda" or dtype == torch.float64:
         return f"the Triton kernels run on CUDA devices, not {dtype} on {device_type}"
     try:
@@ -115,7 +112,6 @@ def _triton(device_type: str, dtype: torch.dtype) -> Backend | str:
 
 
 def _cuda(device_type: str, dtype: torch.dtype) -> Backend | str:
-    """CUDA C++ decode with Triton's prefill, or why they cannot serve."""
     kernels = _triton(device_type, dtype)
     if isinstance(kernels, str):
         return kernels
@@ -131,7 +127,6 @@ def _cuda(device_type: str, dtype: torch.dtype) -> Backend | str:
 
 
 def _xformers(device_type: str, dtype: torch.dtype) -> Backend | str:
-    """Triton with the softmax part of prefill by xformers, or why they cannot serve."""
     kernels = _triton(device_type, dtype)
     if isinstance(kernels, str):
         return kernels

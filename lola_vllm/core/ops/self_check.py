@@ -361,7 +361,6 @@ def _compare(
     answers: Tensor | None,
     held: dict[int, int],
 ) -> Iterable[Line]:
-    """The largest difference of each part."""
     allowed = ALLOWED[problem.k.dtype]
     if truth is not None and answers is not None:
         x, y = (x.unflatten(1, (problem.k.shape[1], -1)).transpose(0, 1) for x in (truth, answers))

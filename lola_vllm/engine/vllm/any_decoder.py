@@ -120,7 +120,6 @@ class _AnyDecoder(_Base):
         return {"config": config, "dtype": self.vllm_config.model_config.dtype}
 
     def _get_attn_cls(self) -> type[LolaDecoderAttention]:
-        """vLLM's hook for another attention."""
         return LolaDecoderAttention
 
     def forward(

@@ -153,7 +153,6 @@ class LolaLlamaForCausalLM(LlamaForCausalLM, HasLolaState):
         prefix: str = "",
         layer_type: type[nn.Module] = LolaDecoderLayer,
     ) -> LolaLlamaModel:
-        """vLLM's hook for another decoder."""
         return LolaLlamaModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
 
     def load_weights(self, weights: Iterable[Named]) -> set[str]:

@@ -116,7 +116,6 @@ def asked_for(ids: Sequence[int], answers: Sequence[bool]) -> list[bool]:
 
 
 def _runs(ids: Sequence[int], marks: Sequence[bool]) -> list[list[int]]:
-    """The ids of each run of marks."""
     runs: list[list[int]] = []
     for at, mark in enumerate(marks):
         if mark:

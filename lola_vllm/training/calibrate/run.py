@@ -167,14 +167,12 @@ def calibrate(
 
 
 def _full_layers(config: Any) -> list[int]:
-    """The layers that do not slide."""
     return [layer for layer, window in enumerate(windows_of(config)) if window is None]
 
 
 def _find_recent(
     softmax: Any, tokenizer: Any, texts: Path, options: CalibrateOptions
 ) -> list[list[int]]:
-    """Recent pairs per layer that does not slide, and KV head."""
     config = softmax.config
     layers = len(_full_layers(config))
     if not options.recent:
@@ -202,7 +200,6 @@ def _find_recent(
 def _best_division(
     softmax: Any, prompts: list[list[int]], divisions: list[list[list[int]]]
 ) -> list[list[int]]:
-    """The division of recent pairs with which repeated passages are copied best."""
     distinct = [x for i, x in enumerate(divisions) if x not in divisions[:i]]
     if len(distinct) == 1:
         return distinct[0]

@@ -96,7 +96,6 @@ def _levelled(gains: list[float]) -> list[float]:
 
 
 def _add(x: Tensor, y: Tensor) -> Tensor:
-    """The sum of two that differ in length."""
     n = max(x.shape[1], y.shape[1])
     x, y = (torch.nn.functional.pad(z, (0, n - z.shape[1])) for z in (x, y))
     return x + y

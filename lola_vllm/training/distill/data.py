@@ -225,7 +225,6 @@ def _retrieval(
     length: int,
     rng: random.Random,
 ) -> tuple[list[int], list[bool]]:
-    """A prompt, filled up to the row's end with the beginning of some other document."""
     real_text = _text_drawer(sources, rng)
     try:
         ids, marks = retrieval_row(tokenizer, length, rng, real_text)
@@ -373,7 +372,6 @@ def _open_dataset(name: str, tokenizer: PreTrainedTokenizerBase) -> _Source:
 def _entry_text(
     entry: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str
 ) -> str | None:
-    """The text of one entry of chat data or plain text."""
     messages = entry.get("messages")
     if messages is not None:
         if tokenizer.chat_template is None:

@@ -176,7 +176,6 @@ def _share(step: int, steps: int) -> float:
 
 
 def _in_order(parts: Sequence[TrainingRows], seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Tokens and answers of each row, `[T]`, in the order of training."""
     found = []
     for part in parts:
         order = torch.randperm(len(part.tokens), generator=torch.Generator().manual_seed(seed))
@@ -202,7 +201,6 @@ def _loss(
     config: LolaConfig,
     options: DistillOptions,
 ) -> Tensor:
-    """Weighted mean over those of a row's predictions that are compared."""
     ids = row.long()[None]
     base = model.get_base_model()
     with torch.no_grad(), model.disable_adapter(), _autocast(base):

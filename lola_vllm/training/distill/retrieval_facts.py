@@ -198,7 +198,6 @@ def _weighted(rng: random.Random, weights: Mapping[str, float]) -> str:
 
 
 def _turn(values: Sequence[str], templates: tuple[str, str], names: dict[str, Any]) -> Exchange:
-    """A question and an answer, filled with all names but the values."""
     question, answer = (template.format(**names, value="{value}") for template in templates)
     return Exchange(question, answer, *_join(values))
 
@@ -224,7 +223,6 @@ def _draw_count(rng: random.Random, form: str) -> int:
 
 
 def _draw_facts(rng: random.Random, form: str, count: int) -> list[_Fact]:
-    """Facts in the order of the text, of so many keys."""
     kind, label = _draw_label(rng)
     key_of = rng.choice((_pair_of_words, _name, _code, lambda rng: "the " + _pair_of_words(rng)))
     digits = rng.randint(4, 10)
@@ -248,13 +246,11 @@ def _draw_facts(rng: random.Random, form: str, count: int) -> list[_Fact]:
 
 
 def _draw_label(rng: random.Random) -> tuple[str, str]:
-    """A kind of values, and a name for one of them."""
     kind = _weighted(rng, _KIND_WEIGHTS)
     return kind, rng.choice(LABELS[kind])
 
 
 def _draw_questions(rng: random.Random, facts: list[_Fact], form: str) -> list[list[_Fact]]:
-    """The facts that each answer gives: those of one key, or those of several keys."""
     if form == "several keys":
         return [rng.sample(facts, min(len(facts), rng.randint(2, _MAX_QUESTIONS)))]
     by_key: dict[str, list[_Fact]] = {}

@@ -188,7 +188,6 @@ def _fitting(maps: dict[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, T
 
 
 def _with_sizes(options: DistillOptions, sizes: Mapping[str, Any], path: Path) -> DistillOptions:
-    """Options to train for a calibration's sizes and importance."""
     if options.lola_config.keys() & sizes.keys() or options.train_sparse_caches:
         raise CheckpointError(
             f"{path}: holds the sizes of the sparse caches; leave out {', '.join(sizes)} and "
@@ -200,7 +199,6 @@ def _with_sizes(options: DistillOptions, sizes: Mapping[str, Any], path: Path) -
 def _transfer(
     model: Any, rows: Tensor, work: Path, options: DistillOptions, print_: str
 ) -> list[list[float]]:
-    """Stage 1 with its maps in `work`: the losses."""
     from lola_vllm.training.distill.student import all_maps
     from lola_vllm.training.distill.transfer import transfer
 
@@ -218,7 +216,6 @@ def _write(
     importance: Mapping[str, Tensor],
     force: bool,
 ) -> DecoderConfig:
-    """The checkpoint, with the calibration that it was trained for."""
     from lola_vllm.models.calibration import KEYS, apply_calibration
     from lola_vllm.models.convert import convert_checkpoint
     from lola_vllm.models.staging import staged_directory
@@ -282,7 +279,6 @@ def _report(
     options: DistillOptions,
     losses: Mapping[str, Any],
 ) -> None:
-    """Write `distill.json`; a resumed run adds to what is there."""
     path = work / "distill.json"
     found = json.loads(path.read_text()) if path.is_file() else {}
     report: dict[str, Any] = {

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from lola_vllm.core.ops.int8 import quantize
 from lola_vllm.core.state import SequenceLayout
 from lola_vllm.engine.hf import LolaCache
-from lola_vllm.engine.hf.question import queries_of
 from lola_vllm.memory.documents.choose import (
     BLOCK_TOKENS,
     CANDIDATES,
@@ -29,6 +28,7 @@ from lola_vllm.memory.documents.choose import (
     places,
 )
 from lola_vllm.memory.documents.keys import DocumentKeys, KeysError, reading_heads
+from tools.support.question import queries_of
 from tools.support.tiny import make_tiny, random_prompts
 
 LOLA = {
