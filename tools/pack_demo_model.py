@@ -24,8 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lola_vllm.command.linearize.card import TITLE
-from lola_vllm.command.linearize.run import ON, SECOND
+from lola_vllm.command.linearize.run import ON, SECOND, TITLE
 from lola_vllm.training.distill.state import default_work
 
 ROOT = Path(__file__).parents[1]

@@ -285,7 +285,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "distill": (_distill, "train feature maps and adapters for a base: a LoLA checkpoint"),
     "linearize": (
         _linearize,
-        "make a LoLA model of a base: texts, training, calibration, evaluation and card",
+        "make a LoLA model of a base: texts, training, calibration and card",
     ),
     "demo-model": (
         _demo_model,

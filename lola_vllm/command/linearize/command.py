@@ -34,13 +34,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser, "by stage as --dry-run prints them")
     parser.add_argument(
         "--work-dir", type=Path, metavar="DIR",
-        help="training states, calibrations, results (default: OUT.training)",
+        help="training states and calibrations (default: OUT.training)",
     )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="go on with the run in --work-dir")
     parser.add_argument("--force", action="store_true", help="replace a model at --out")
     parser.add_argument(
         "--dry-run", action="store_true",
-        help="print the plan: tokens, hours, memory, disk, and all hyperparameters",
+        help="print the plan: tokens, hours, and all hyperparameters",
     )  # fmt: skip
     parser.set_defaults(run=_run)
 
@@ -63,5 +63,7 @@ def _run(args: argparse.Namespace) -> int:
     )
     if config is not None:
         print(f"{args.out}: a LoLA model with a sparse cache of {sparse_cache(config.lola)}")
-        print(f"next: lola-vllm serve {shlex.quote(str(args.out))}")
+        out, base = (shlex.quote(str(path)) for path in (args.out, args.base))
+        print(f"next: lola-vllm serve {out}")
+        print(f"or:   lola-vllm eval recall --model {out} --reference {base}")
     return 0

@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
-from lola_vllm.command.linearize.memory import TrainedRow, activation_bytes
 from lola_vllm.core.config import DecoderConfig
 from lola_vllm.models.files import CheckpointError
 from lola_vllm.training.calibrate.copying import LEAST_DISTANCE, PASSAGE, REPEATED
@@ -32,27 +31,8 @@ TRANSFER_TOKENS, LORA_TOKENS, ON_TOKENS = 393_216, 393_216, 225_280
 # Rows of attention transfer are as long as the trained length, while there are so many of them:
 # maps of shorter rows answer wrongly beyond them.
 LEAST_ROWS, LONGEST_ROW = 6, 32_768
-# Least prompts of a calibration; needles of a cell and windows of a text, and the least of them.
-LEAST_PROMPTS = 24
-SAMPLES, LEAST_SAMPLES = 10, 4
-WINDOWS, LEAST_WINDOWS = 4, 2
+LEAST_PROMPTS = 24  # of a calibration
 BYTES_PER_TOKEN = 4  # of English, about
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """What is asked of the model and of its base. Lengths are in tokens.
-
-    Attributes:
-        tasks, lengths, samples: of needles; 0 samples leave them out.
-        windows, window_length: of held-out text of each kind; 0 windows leave perplexity out.
-    """
-
-    tasks: tuple[str, ...]
-    lengths: tuple[int, ...]
-    samples: int
-    windows: int
-    window_length: int
 
 
 @dataclass(frozen=True)
@@ -64,33 +44,37 @@ class Recipe:
         calibrate: of both calibrations.
         train_on: of training on for the first calibration. Its `lola_config` is the model's,
             without the sizes that calibrations find.
-        evaluate: of the evaluation.
     """
 
     train: DistillOptions
     calibrate: CalibrateOptions
     train_on: DistillOptions
-    evaluate: EvaluateOptions
 
     @property
     def pairs(self) -> int:
         """Of a KV head, on average."""
         return self.calibrate.pairs + self.calibrate.recent
 
-    def activation_bytes(self, config: DecoderConfig, *, whole: bool) -> int:
-        """Return what `memory.activation_bytes` says of the rows of stage 2."""
-        window = self.train_on.lola_config["window_size"]
-        last = self.train.lora_last_row_length or self.train.lora_row_length
-        rows = (
-            TrainedRow(last, max(self.train.train_sparse_caches), window),
-            TrainedRow(
-                self.train_on.lora_row_length,
-                self.pairs,
-                self.train_on.lola_config["update_interval"],
-            ),
-        )
-        width = 2 if self.train.dtype == "bfloat16" else 4
-        return activation_bytes(config, rows, window=window, width=width, whole=whole)
+    def activation_bytes(self, config: DecoderConfig) -> int:
+        """What the gradient of the largest row of stage 2 needs, about, with all layers at once."""
+        train, on = self.train, self.train_on
+        window = on.lola_config["window_size"]
+        d, D, heads = config.head_dim, config.hidden_size, config.num_attention_heads
+        kv_heads, width = config.num_key_value_heads, 2 if train.dtype == "bfloat16" else 4
+        plain = (8 * D + 4 * config.intermediate_size + 4 * heads * d) * width
+        found = 0
+        for length, exact, interval in (  # exact pairs of a query outside the window
+            (train.lora_last_row_length or train.lora_row_length, max(train.train_sparse_caches),
+             window),
+            (on.lora_row_length, self.pairs, on.lola_config["update_interval"]),
+        ):  # fmt: skip
+            seen = min(length, exact + 2 * window)
+            listed = 16 * kv_heads * seen / interval  # where the pairs of each chunk are, int64
+            # Queries, keys, values, features and answers in float32, and H of each chunk.
+            features = 56 * d * (heads + kv_heads) + 16 * d * d * kv_heads / interval
+            token = plain + listed + features
+            found = max(found, int(length * config.num_hidden_layers * token))
+        return found
 
 
 def derive(
@@ -110,7 +94,7 @@ def derive(
         text_bytes: of all texts to train on.
         memory_mib: of a sequence, in MiB; None: of 427 pairs in a KV head.
         scale: factor on the tokens of the stages that train; below 1 also on the prompts of
-            calibrations and the questions of the evaluation.
+            calibrations.
         dtype: in which the machine is fast: "bfloat16" or "float32".
         free_bytes: memory of the machine or the GPU that is free.
         overrides: options to set, by part of the recipe and name. What a later part takes from an
@@ -152,9 +136,6 @@ def derive(
     def tokens(number: int, least: int) -> int:
         return max(least, min(int(number * scale), at_most))
 
-    def fewer(number: int, least: int) -> int:
-        return max(least, round(number * min(1.0, scale)))
-
     transfer = tokens(TRANSFER_TOKENS, 2 * first)
     row = _power_below(min(length, LONGEST_ROW, max(2 * first, transfer // LEAST_ROWS)))
 
@@ -178,7 +159,7 @@ def derive(
             pairs=scored,
             least=min(CalibrateOptions.least, max(1, scored // 2)),
             recent=pairs - scored,
-            prompts=fewer(CalibrateOptions.prompts, LEAST_PROMPTS),
+            prompts=max(LEAST_PROMPTS, round(CalibrateOptions.prompts * min(1.0, scale))),
             prompt_length=min(CalibrateOptions.prompt_length, length),
             dtype=train.dtype,
             seed=train.seed,
@@ -200,22 +181,14 @@ def derive(
             train_windows=(),
             train_sparse_caches=(),
         )
-        evaluate = EvaluateOptions(
-            tasks=("niah-1", "niah-2"),
-            lengths=tuple(n for n in (1024, 2048, 4096) if n <= length) or (length,),
-            samples=fewer(SAMPLES, LEAST_SAMPLES),
-            windows=fewer(WINDOWS, LEAST_WINDOWS),
-            window_length=min(2048, length // 2),
-        )
         return Recipe(
             train,
             settled(calibrate, given.get("calibrate", {}), "calibrate"),
             settled(train_on, given.get("train_on", {}), "train_on"),
-            settled(evaluate, given.get("evaluate", {}), "evaluate"),
         )
 
     recipe = made(False)
-    crowded = 2 * recipe.activation_bytes(config, whole=True) > free_bytes
+    crowded = 2 * recipe.activation_bytes(config) > free_bytes
     return made(True) if crowded else recipe
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import sys
 import time
@@ -20,17 +21,18 @@ from lola_vllm.models.base import parse_config, read_base_config
 from lola_vllm.models.files import CheckpointError, read_json
 from lola_vllm.models.staging import check_output, staged_directory
 from lola_vllm.training.distill.state import default_work
+from lola_vllm.training.texts import MANIFEST
 
 if TYPE_CHECKING:
     from lola_vllm.core.config import DecoderConfig
     from lola_vllm.training.distill.options import DistillOptions
 
-TRAINING, ON, RESULTS = "training", "training-on", "eval"
+TRAINING, ON = "training", "training-on"
 FIRST, SECOND = "calibration-1.safetensors", "calibration-2.safetensors"
 # Checkpoints of stages, which go when the model is written.
 MAPPED, TRAINED, TRAINED_ON, CALIBRATED = "mapped", "trained", "trained-on", "calibrated"
 REPORT = "calibration.txt"
-BATCH = 4  # sequences at once in the evaluation
+TITLE = "## How it was made"  # in the card
 
 
 def linearize(
@@ -68,14 +70,14 @@ def linearize(
 
     Raises:
         CheckpointError: a base, texts, options or a directory that cannot be used.
-        DataError, TextsError: texts that cannot be read. EvalError: a failed evaluation.
+        DataError, TextsError: texts that cannot be read.
     """
     if hours is not None and not hours > 0:
         raise CheckpointError(f"--hours {hours:g}: must be above 0")
-    config = parse_config(base, read_base_config(base))
+    parse_config(base, read_base_config(base))  # refuses what is no base
     work = work or default_work(out)
     check_output(out, force=force, inputs=[base, texts])
-    size, kinds = _size_of(texts)
+    size = _size_of(texts)
     inputs = {
         "base": _print_of(base),
         "texts": texts.name,
@@ -89,17 +91,16 @@ def linearize(
         state = open_state(work, inputs, resume=resume)
         state.save()
     if not state.recipe:
-        made, speed = _plan(base, config, size, kinds, hours, memory_mib, overrides or {}, say)
+        made, speed = _plan(base, size, hours, memory_mib, overrides or {}, say)
         state.recipe, state.speed = asdict(made), asdict(speed)
         if not dry_run:
             state.save()
     made, speed = recipe.from_json(state.recipe), Speed(**state.speed)
-    _check_room(config, made, work, say)
-    say(plan.format_plan(base, config, made, speed, kinds))
+    say(plan.format_plan(base, made, speed))
     if dry_run:
         return None
-    run = _Run(base, texts, out, made, work, state, force, say, kinds)
-    left = plan.stage_seconds(made, speed, kinds)
+    run = _Run(base, texts, out, made, work, state, force)
+    left = plan.stage_seconds(made, speed)
     for name, action in run.actions().items():
         rest = sum(left[later] for later in left if _after(later, name, state))
         if name in left and name not in state.done:
@@ -134,9 +135,7 @@ def _stage(
 
 def _plan(
     base: Path,
-    config: DecoderConfig,
     text_bytes: int,
-    kinds: int,
     hours: float | None,
     memory_mib: float | None,
     overrides: Mapping[str, Any],
@@ -165,7 +164,7 @@ def _plan(
 
     def scaled() -> Recipe:
         def seconds_of(scale: float) -> float:
-            return sum(plan.stage_seconds(derived(scale), speed, kinds).values())
+            return sum(plan.stage_seconds(derived(scale), speed).values())
 
         return derived(plan.scale_to(hours, seconds_of))
 
@@ -189,11 +188,9 @@ class _Run:
         work: Path,
         state: WorkState,
         force: bool,
-        say: Callable[[str], None],
-        kinds: int,
     ) -> None:
         self.base, self.texts, self.out, self.recipe = base, texts, out, made
-        self.work, self.state, self.force, self.say, self.kinds = work, state, force, say, kinds
+        self.work, self.state, self.force = work, state, force
 
     def actions(self) -> dict[str, Callable[[], None]]:
         """By the names of `plan.STAGES`, in their order."""
@@ -203,7 +200,6 @@ class _Run:
             "calibrate": lambda: self._calibrate(self.work / TRAINED, FIRST),
             "train-on": self._train_on,
             "recalibrate": self._recalibrate,
-            "evaluate": self._evaluate,
             "card": self._card,
         }
 
@@ -249,46 +245,60 @@ class _Run:
             self.work / TRAINED_ON, self.work / CALIBRATED, sizes, importance, force=True
         )
 
-    def _evaluate(self) -> None:
-        from lola_vllm.command.linearize.measure import measure
-
-        tables = measure(
-            self.base, self.work / CALIBRATED, self.texts, self.recipe, self.work / RESULTS, BATCH
-        )
-        for table in tables:
-            self.say(table)
-
     def _card(self) -> None:
-        from lola_vllm.command.linearize.card import card_notes
-
-        tables = [path.read_text(encoding="utf-8") for path in self._results()]
         summary = (self.work / REPORT).read_text(encoding="utf-8").splitlines()
         held = next((line for line in summary if line.startswith("all heads hold")), "")
-        notes = card_notes(
-            self.recipe,
-            self.texts,
-            plan.stage_tokens(self.recipe, self.kinds),
-            self.state.seconds,
-            f"Of the long-range attention in prompts that it did not see, {held}." if held else "",
-            tables,
-        )
         source = self.work / CALIBRATED
         with staged_directory(self.out, force=self.force, inputs=[self.base]) as staging:
             shutil.copytree(source, staging, dirs_exist_ok=True)
             card = staging / "README.md"
-            card.write_text(f"{card.read_text(encoding='utf-8')}\n{notes}", encoding="utf-8")
+            text = card.read_text(encoding="utf-8")
+            card.write_text(f"{text}\n{self._notes(held)}", encoding="utf-8")
 
-    def _results(self) -> list[Path]:
-        return sorted((self.work / RESULTS).glob("*/*.md"))
+    def _notes(self, held: str) -> str:
+        """How the model was made, for the end of its card."""
+        tokens, seconds = plan.stage_tokens(self.recipe), self.state.seconds
+        rows = "\n".join(
+            f"| {title} | {tokens[name]:,} | {seconds.get(name, 0.0) / 3600:.2f} |"
+            for name, title in STAGES.items()
+            if name in tokens
+        )
+        return f"""{TITLE}
+
+`lola-vllm linearize` trained feature maps, window factors and LoRA adapters (rank
+{self.recipe.train.lora_rank}, on q, k, v and o). The teacher is the base itself, so nothing of
+another model is in them.
+
+| stage | tokens | hours |
+|---|---|---|
+{rows}
+
+Of the long-range attention in prompts that it did not see, {held}.
+
+**Text.** {_sources(self.texts)} About one document in twenty, chosen by hash, was never trained on.
+
+## Recipe
+
+    {json.dumps(asdict(self.recipe))}
+"""
 
 
-def _size_of(texts: Path) -> tuple[int, int]:
+def _sources(texts: Path) -> str:
+    """The names and the licences of texts, as far as they say them."""
+    manifest = texts / MANIFEST
+    if not manifest.is_file():
+        return f"{texts.name}."
+    found = json.loads(manifest.read_text(encoding="utf-8"))
+    return "; ".join(f"{entry['name']} ({entry['licence']})" for entry in found) + "."
+
+
+def _size_of(texts: Path) -> int:
     if not texts.exists():
         raise CheckpointError(f"--texts {texts}: no such file or directory")
     files = [texts] if texts.is_file() else sorted(texts.glob("*.txt"))
     if not files:
         raise CheckpointError(f"--texts {texts}: no .txt file there")
-    return sum(file.stat().st_size for file in files), len(files)
+    return sum(file.stat().st_size for file in files)
 
 
 def _print_of(base: Path) -> str:
@@ -314,22 +324,6 @@ def _free_memory() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
     return int(psutil.virtual_memory().available)
-
-
-def _check_room(
-    config: DecoderConfig, made: Recipe, work: Path, say: Callable[[str], None]
-) -> None:
-    """Say where memory or disk may not do."""
-    parent = next(path for path in [work, *work.resolve().parents] if path.exists())
-    for what, needed, free in (
-        ("memory", plan.peak_bytes(config, made), _free_memory()),
-        (f"disk at {work}", plan.disk_bytes(config, made), shutil.disk_usage(parent).free),
-    ):
-        if needed > free:
-            say(
-                f"warning: about {needed / plan.GIB:.1f} GiB of {what} are needed, and "
-                f"{free / plan.GIB:.1f} are free"
-            )
 
 
 def _clean(work: Path) -> None:

@@ -18,7 +18,6 @@ from lola_vllm.command.linearize.recipe import (
     state_bytes,
     with_sizes,
 )
-from lola_vllm.models.base import parse_config, read_base_config
 from lola_vllm.models.files import CheckpointError
 
 SMOLLM2 = dict(
@@ -90,21 +89,21 @@ def test_every_stage_folds_something(tmp_path: Path, length: int, scale: float) 
         assert rows >= 1 and tokens <= length
     on = with_sizes(made.train_on, made.calibrate.least)
     check_row_length("lora_row_length", on.lora_row_length, on.configs(), every_head=False)
-    assert train.row_length <= length and max(made.evaluate.lengths) <= length
+    assert train.row_length <= length
     assert train.rows >= 1 and (made.calibrate.recent >= 1) == (length > 750)
     check(made)
 
 
 def test_text_and_hours_bound_the_tokens(smollm2: Path) -> None:
     little = derive(smollm2, text_bytes=400_000)
-    assert 90_000 < plan.stage_tokens(little, 8)["transfer"] <= 100_000
+    assert 90_000 < plan.stage_tokens(little)["transfer"] <= 100_000
     half = derive(smollm2, text_bytes=TEXTS, scale=0.5)
     assert half.train.lora_tokens == 393_216 // 2
     speed = Speed(forward=1e-3, transfer=2e-2, lora=3e-2, on=3e-2)
 
     def seconds_of(scale: float) -> float:
         made = derive(smollm2, text_bytes=TEXTS, scale=scale)
-        return sum(plan.stage_seconds(made, speed, 8).values())
+        return sum(plan.stage_seconds(made, speed).values())
 
     for hours in (2.0, 12.0):
         scale = plan.scale_to(hours, seconds_of)
@@ -116,13 +115,10 @@ def test_text_and_hours_bound_the_tokens(smollm2: Path) -> None:
     assert made.train.lora_tokens == pytest.approx(100_000, rel=0.01)
 
 
-def test_little_time_also_takes_fewer_prompts_and_questions(tmp_path: Path) -> None:
+def test_little_time_also_takes_fewer_prompts(tmp_path: Path) -> None:
     base = write(tmp_path / "qwen", QWEN)
     whole, less, more = (derive(base, text_bytes=TEXTS, scale=scale) for scale in (1, 0.3, 5))
-    for made, numbers in ((whole, (56, 10, 4)), (less, (24, 4, 2)), (more, (56, 10, 4))):
-        assert numbers == (
-            made.calibrate.prompts, made.evaluate.samples, made.evaluate.windows,
-        )  # fmt: skip
+    assert [made.calibrate.prompts for made in (whole, less, more)] == [56, 24, 56]
     # Rows stay long where there are enough of them.
     assert (less.train.rows, less.train.row_length) == (7, 16384)
 
@@ -181,5 +177,3 @@ def test_little_memory_computes_activations_twice(smollm2: Path) -> None:
     for part in ("train", "train_on"):
         assert not getattr(roomy, part).gradient_checkpointing
         assert getattr(tight, part).gradient_checkpointing
-    config = parse_config(smollm2, read_base_config(smollm2))
-    assert plan.peak_bytes(config, tight) < plan.peak_bytes(config, roomy)
