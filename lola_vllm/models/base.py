@@ -30,7 +30,14 @@ from lola_vllm.models.files import (
     write_json,
 )
 from lola_vllm.models.remote_code import AUTO_MAP, write_remote_code
-from lola_vllm.models.schema import OUTPUT_PROJECTIONS, Shape, check_tensors, is_ours
+from lola_vllm.models.schema import (
+    OUTPUT_PROJECTIONS,
+    Shape,
+    base_left_out,
+    check_tensors,
+    expected_tensors,
+    is_ours,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -143,10 +150,34 @@ def check_base_weights(base: Path, expected: Mapping[str, Shape]) -> None:
     check_tensors(expected, {**read_shapes(base), **ours})
 
 
-def write_config(out: Path, config_json: dict[str, Any]) -> None:
-    """Write `config.json`, and the file by which plain transformers finds LoLA's code."""
+def write_checkpoint(
+    base: Path,
+    out: Path,
+    config_json: dict[str, Any],
+    config: DecoderConfig,
+    layer_maps: Callable[[str, torch.dtype, Mapping[str, Shape]], dict[str, Tensor]],
+    change: Callable[[str, Tensor], Tensor] | None = None,
+) -> None:
+    """Write a LoLA checkpoint to an empty directory.
+
+    Args:
+        config_json: what is written as `config.json`, beside the name of the file by which plain
+            transformers finds LoLA's code. config: the same, with its facts.
+        layer_maps, change: as for `_write_weights`; `layer_maps` is given the expected tensors too.
+
+    Raises:
+        CheckpointError: tensors of the base that do not fit, or a file that cannot be written.
+    """
+    expected = expected_tensors(config)
+    # The base is checked before gigabytes are copied, and the result before it is moved to `out`.
+    check_base_weights(base, expected)
     write_json(out / "config.json", {**config_json, "auto_map": AUTO_MAP})
     write_remote_code(out)
+    copy_companions(base, out)
+    _write_weights(
+        base, out, expected, lambda prefix, dtype: layer_maps(prefix, dtype, expected), change
+    )
+    check_tensors(expected, base_left_out(config, read_shapes(out)))
 
 
 def copy_companions(base: Path, out: Path) -> None:
@@ -159,7 +190,7 @@ def copy_companions(base: Path, out: Path) -> None:
                 shutil.copyfile(path, out / path.name)
 
 
-def write_weights(
+def _write_weights(
     base: Path,
     out: Path,
     expected: Mapping[str, Shape],

@@ -14,13 +14,10 @@ from typing import TYPE_CHECKING, Any
 from lola_vllm.core.compact_json import compact_lists
 from lola_vllm.core.config import DecoderConfig, LolaConfig, TensorFacts
 from lola_vllm.models.base import (
-    check_base_weights,
-    copy_companions,
     parse_config,
     read_base_config,
     with_context_shift,
-    write_config,
-    write_weights,
+    write_checkpoint,
 )
 from lola_vllm.models.files import (
     CheckpointError,
@@ -29,14 +26,7 @@ from lola_vllm.models.files import (
     weight_files,
 )
 from lola_vllm.models.lolcats import Lora, Maps, read_distill, read_lora
-from lola_vllm.models.schema import (
-    LOLA_TENSORS,
-    WINDOW_FACTOR_INIT,
-    Shape,
-    base_left_out,
-    check_tensors,
-    expected_tensors,
-)
+from lola_vllm.models.schema import LOLA_TENSORS, WINDOW_FACTOR_INIT, Shape
 from lola_vllm.models.staging import check_output, staged_directory
 
 if TYPE_CHECKING:
@@ -102,21 +92,18 @@ def convert_checkpoint(
     raw["lola_config"] = lola_config
     config = parse_config(base, raw)
     config.facts = TensorFacts(maps.feature_dim, maps.num_state_heads)
-    expected = expected_tensors(config)
-    check_base_weights(base, expected)
     trained = {**maps.tensors, **adapters.maps}
 
-    def layer_maps(prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    def layer_maps(
+        prefix: str, dtype: torch.dtype, expected: Mapping[str, Shape]
+    ) -> dict[str, Tensor]:
         return _layer_maps(prefix, trained, expected, dtype)
 
     def merged(name: str, weight: Tensor) -> Tensor:
         return _merged(name, weight, adapters, alpha)
 
     with staged_directory(out, force=force, inputs=inputs) as staging:
-        write_config(staging, raw)
-        copy_companions(base, staging)
-        write_weights(base, staging, expected, layer_maps, merged)
-        check_tensors(expected, base_left_out(config, read_shapes(staging)))
+        write_checkpoint(base, staging, raw, config, layer_maps, merged)
         options: dict[str, str] = {}
         if config_overrides:
             options["lola_config"] = json.dumps(dict(config_overrides))

@@ -24,7 +24,7 @@ def check_base(path: Path, raw: dict[str, Any]) -> None:
     Raises:
         CheckpointError: it cannot; says why in a sentence, and what works.
     """
-    reason = why_not(path, raw)
+    reason = _why_not(path, raw)
     if reason is not None:
         raise CheckpointError(
             f"{path}: a model of type {raw.get('model_type')!r} cannot be the base of a LoLA "
@@ -32,7 +32,7 @@ def check_base(path: Path, raw: dict[str, Any]) -> None:
         )
 
 
-def why_not(path: Path, raw: dict[str, Any]) -> str | None:
+def _why_not(path: Path, raw: dict[str, Any]) -> str | None:
     """Why LoLA cannot stand in for a decoder's attention, with what works; None: it can."""
     from transformers import CONFIG_MAPPING
 

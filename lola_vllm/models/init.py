@@ -8,22 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lola_vllm.core.config import DecoderConfig, TensorFacts
 from lola_vllm.models.base import (
-    check_base_weights,
-    copy_companions,
     parse_config,
     read_base_config,
     with_context_shift,
-    write_config,
-    write_weights,
+    write_checkpoint,
 )
-from lola_vllm.models.files import CheckpointError, read_shapes
-from lola_vllm.models.schema import (
-    WINDOW_FACTOR_INIT,
-    Shape,
-    base_left_out,
-    check_tensors,
-    expected_tensors,
-)
+from lola_vllm.models.files import CheckpointError
+from lola_vllm.models.schema import WINDOW_FACTOR_INIT, Shape
 from lola_vllm.models.staging import staged_directory
 
 if TYPE_CHECKING:
@@ -66,18 +57,8 @@ def init_checkpoint(
     config = parse_config(base, config_json)
     heads = config.num_key_value_heads if state_heads == "kv" else config.num_attention_heads
     config.facts = TensorFacts(config.head_dim, heads)
-    expected = expected_tensors(config)
-    # The base is checked before gigabytes are copied, and the result before it is moved to `out`.
-    check_base_weights(base, expected)
-
-    def identity(prefix: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        return _identity_maps(prefix, expected, dtype)
-
     with staged_directory(out, force=force, inputs=[base]) as staging:
-        write_config(staging, config_json)
-        copy_companions(base, staging)
-        write_weights(base, staging, expected, identity)
-        check_tensors(expected, base_left_out(config, read_shapes(staging)))
+        write_checkpoint(base, staging, config_json, config, _identity_maps)
     return config
 
 
@@ -91,7 +72,7 @@ def _config_json(
 
 
 def _identity_maps(
-    prefix: str, expected: Mapping[str, Shape], dtype: torch.dtype
+    prefix: str, dtype: torch.dtype, expected: Mapping[str, Shape]
 ) -> dict[str, torch.Tensor]:
     import torch
 

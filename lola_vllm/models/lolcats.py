@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lola_vllm.models.files import CheckpointError, open_weights
-from lola_vllm.models.schema import Shape
+from lola_vllm.models.schema import Shape, report
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,6 @@ MAP_K = "self_attn.feature_map_k"
 FACTORS = "self_attn.window_factors"
 MAPS = (MAP_Q, MAP_K, FACTORS)
 
-_SHOWN = 10  # faults of a kind that a message lists
 # Plain, inside LlamaForCausalLM, inside one more wrapper, inside a PEFT model.
 _NAME = re.compile(r"(?:|model\.|model\.model\.|base_model\.model\.model\.)layers\.(\d{1,4})\.(.+)")
 # LoLCATs' own name, and the one of a LoLA checkpoint, which `lola-vllm distill` writes.
@@ -115,7 +114,7 @@ def read_distill(path: Path, config: DecoderConfig) -> Maps:
 
     Raises:
         CheckpointError: a file that cannot be read, or that is not of this base; it names what is
-            missing, unexpected and of the wrong shape, and the model that the file would fit.
+            missing, unexpected and of the wrong shape.
     """
     whole = _layer_tensors(path)
     file = _without_lora(whole) if {MAP_Q, MAP_K} & {*whole.kinds} else whole
@@ -325,12 +324,12 @@ def _check(
         elif not tensor.is_floating_point():
             wrong.append(f"{name}: found {tensor.dtype}, expected floating point")
     lines = [
-        *_report("missing", missing),
-        *_report("unexpected", unexpected),
-        *_report("wrong shape", wrong),
+        *report("missing", missing),
+        *report("unexpected", unexpected),
+        *report("wrong shape", wrong),
     ]
     if lines:
-        fit = "\n".join(filter(None, (hint, _fitting_model(file), _describe_base(config))))
+        fit = "\n".join(filter(None, (hint, _describe_base(config))))
         raise CheckpointError("\n".join([f"{file.path}: does not fit the base", *lines, fit]))
     for key, tensor in file.tensors.items():
         if not bool(tensor.isfinite().all()):
@@ -341,31 +340,6 @@ def _check(
 
 def _fits(kind: str, found: Shape, shape: Shape) -> bool:
     return found == shape or (kind == FACTORS and found == (1, *shape, 1, 1))
-
-
-def _report(sort: str, texts: list[str]) -> list[str]:
-    if not texts:
-        return []
-    lines = [f"{sort} ({len(texts)}):", *(f"  {text}" for text in texts[:_SHOWN])]
-    if len(texts) > _SHOWN:
-        lines.append(f"  and {len(texts) - _SHOWN} more")
-    return lines
-
-
-def _fitting_model(file: LayerTensors) -> str:
-    facts = []
-    if (shape := file.shape(MAP_Q)) and len(shape) == 3:
-        facts.append(f"{shape[0]} query heads of size {shape[1]}, F {shape[2]}")
-    if (shape_k := file.shape(MAP_K)) and shape_k[:1] != (shape or ())[:1]:
-        facts.append(f"{shape_k[0]} state heads")
-    if (shape := file.shape("self_attn.q_proj.lora_A")) and len(shape) == 2:
-        facts.append(f"hidden size {shape[1]}, LoRA rank {shape[0]}")
-    for letter in "qk":
-        if shape := file.shape(f"self_attn.{letter}_proj.lora_B"):
-            facts.append(f"{shape[0]} rows in {letter}_proj")
-    if not facts:
-        return ""
-    return f"it fits a model with {', '.join([f'{file.num_layers} layers', *facts])}"
 
 
 def _describe_base(config: DecoderConfig) -> str:

@@ -9,7 +9,6 @@ fitted it. What the tensors say of themselves, `TensorFacts`, is not repeated in
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +27,6 @@ _BUFFER = ".rotary_emb.inv_freq"  # old Llama checkpoints store this; it follows
 _LM_HEAD = "lm_head.weight"
 IMPORTANCE = ".self_attn.importance"
 _KEY_MAP = ".self_attn.feature_map_k"
-_QK_NORMS = (".self_attn.q_norm.weight", ".self_attn.k_norm.weight")
 
 Shape = tuple[int, ...]
 
@@ -185,7 +183,7 @@ def check_tensors(expected: Mapping[str, Shape], found: Mapping[str, Sequence[in
         found: shape per name, of files (`read_shapes`) or of loaded tensors.
 
     Raises:
-        CheckpointError: names what is missing, unexpected and of a wrong shape, with remedies.
+        CheckpointError: names what is missing, unexpected and of a wrong shape.
     """
     missing = [name for name in expected if name not in found]
     unexpected = [
@@ -194,77 +192,27 @@ def check_tensors(expected: Mapping[str, Shape], found: Mapping[str, Sequence[in
         if name not in expected and name != _LM_HEAD and not name.endswith(_BUFFER)
     ]
     wrong = [
-        name
+        f"{name}: found {list(found[name])}, expected {list(shape)}"
         for name, shape in expected.items()
         if name in found and tuple(found[name]) != tuple(shape)
     ]
-    # Only the shown names are explained, because a search for near names is slow on thousands.
     lines = [
-        *_report("missing", missing, [_explain_missing(n, expected[n]) for n in missing[:_SHOWN]]),
-        *_report(
-            "unexpected",
-            unexpected,
-            [_explain_unexpected(n, expected) for n in unexpected[:_SHOWN]],
-        ),
-        *_report(
-            "wrong shape",
-            wrong,
-            [_explain_shape(n, tuple(found[n]), tuple(expected[n])) for n in wrong[:_SHOWN]],
-        ),
+        *report("missing", [f"{name} {list(expected[name])}" for name in missing]),
+        *report("unexpected", unexpected),
+        *report("wrong shape", wrong),
     ]
-    if lines:
-        raise CheckpointError("\n".join(["the tensors do not fit config.json", *lines]))
+    if not lines:
+        return
+    if any(name.endswith(LOLA_TENSORS) for name in missing):
+        lines.append("a base gets LoLA's tensors from `lola-vllm init`, `convert` or `distill`")
+    raise CheckpointError("\n".join(["the tensors do not fit config.json", *lines]))
 
 
-def _report(kind: str, names: list[str], explained: list[str]) -> list[str]:
-    if not names:
+def report(kind: str, texts: list[str]) -> list[str]:
+    """Lines that list faults of a kind, as many as can be read; none where there is no fault."""
+    if not texts:
         return []
-    lines = [f"{kind} ({len(names)}):", *(f"  {line}" for line in explained)]
-    if len(names) > len(explained):
-        lines.append(f"  and {len(names) - len(explained)} more")
+    lines = [f"{kind} ({len(texts)}):", *(f"  {text}" for text in texts[:_SHOWN])]
+    if len(texts) > _SHOWN:
+        lines.append(f"  and {len(texts) - _SHOWN} more")
     return lines
-
-
-def _explain_missing(name: str, shape: Shape) -> str:
-    text = f"{name} {list(shape)}"
-    if name.endswith(LOLA_TENSORS):
-        return f"{text}; a plain Llama gets these from `lola-vllm init`"
-    if name == _LM_HEAD:
-        return f"{text}; set tie_word_embeddings to true if the model has no output matrix"
-    if name.endswith(".bias"):
-        return f"{text}; set {_bias_field(name)} to false if the model has no biases"
-    if name.endswith(IMPORTANCE):
-        return f"{text}; other layers have theirs: make the model again with `lola-vllm calibrate`"
-    if name.endswith(_QK_NORMS):
-        return f"{text}; set qk_norm to false if the model has no norms of q and k"
-    return f"{text}; a file is missing, or config.json is of another model"
-
-
-def _explain_unexpected(name: str, expected: Mapping[str, Shape]) -> str:
-    if name.endswith(".bias") and name.removesuffix("bias") + "weight" in expected:
-        return f"{name}; set {_bias_field(name)} to true if the model has biases"
-    if name.endswith(_QK_NORMS):
-        return f"{name}; set qk_norm to true if the model normalizes q and k"
-    near = difflib.get_close_matches(name, expected, n=1, cutoff=0.0)
-    return f"{name}; nearest valid name: {near[0]!r}" if near else name
-
-
-def _bias_field(name: str) -> str:
-    if ".mlp." in name:
-        return "mlp_bias"
-    return "attention_bias" if ".o_proj." in name else "qkv_bias"
-
-
-def _explain_shape(name: str, found: Shape, expected: Shape) -> str:
-    text = f"{name}: found {list(found)}, expected {list(expected)}"
-    remedies = []
-    if name.endswith(("feature_map_q", "feature_map_k")) and len(found) == len(expected):
-        if found[0] != expected[0] and name.endswith("feature_map_k"):
-            remedies.append("other layers have another number of state heads")
-        elif found[0] != expected[0]:
-            remedies.append("feature_map_q has one head per query head (num_attention_heads)")
-        if found[1] != expected[1]:
-            remedies.append(f"its rows are the head size, head_dim = {expected[1]}")
-        if found[-1] != expected[-1]:
-            remedies.append("all maps of a model must have as many columns")
-    return f"{text}; {', '.join(remedies) or 'config.json is of another model'}"

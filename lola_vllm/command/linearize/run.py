@@ -273,7 +273,7 @@ another model is in them.
 |---|---|---|
 {rows}
 
-Of the long-range attention in prompts that it did not see, {held}.
+In prompts that it did not see, {held}.
 
 **Text.** {_sources(self.texts)} About one document in twenty, chosen by hash, was never trained on.
 

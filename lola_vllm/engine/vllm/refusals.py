@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lola_vllm.core.config import DecoderConfig, heads_divide
 from lola_vllm.core.ops.shift_schedule import MAX_LENGTH
-from lola_vllm.engine.vllm import connectors
 from lola_vllm.engine.vllm.cache import sequence_layout
 from lola_vllm.engine.vllm.connectors import has_store
 from lola_vllm.models.files import open_weights, weight_files
@@ -51,18 +50,16 @@ def refuse(vllm_config: VllmConfig) -> None:
 def refusals(vllm_config: VllmConfig) -> list[Refusal]:
     """The options in use that do not know LoLA's state."""
     found = draft_refusals(vllm_config)
+    reason = (
+        "vLLM's connectors are not known to move whole states; remove the option: LoLA's own store "
+        "is --additional-config '{\"lola\": {...}}'"
+    )
     transfer = vllm_config.kv_transfer_config
     if transfer is not None and not has_store(vllm_config):
-        reason = connectors.unfit(transfer.kv_connector, vllm_config)
-        if reason:
-            found.append(Refusal("--kv-transfer-config", transfer.kv_connector, reason))
+        found.append(Refusal("--kv-transfer-config", transfer.kv_connector, reason))
     offloaded = vllm_config.cache_config.kv_offloading_size
     if offloaded is not None:
-        reason = connectors.unfit(connectors.offloading_connector(vllm_config), vllm_config)
-        if has_store(vllm_config):
-            reason = "LoLA's store is in the place of vLLM's connector; remove one of the two"
-        if reason:
-            found.append(Refusal("--kv-offloading-size", offloaded, reason))
+        found.append(Refusal("--kv-offloading-size", offloaded, reason))
     cache_dtype = vllm_config.cache_config.cache_dtype
     if cache_dtype not in ("auto", "bfloat16"):
         found.append(

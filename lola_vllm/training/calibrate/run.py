@@ -250,26 +250,13 @@ def _load_weights(softmax: Any, model: Path) -> list[Tensor]:
 
 
 def report(found: Calibration) -> str:
-    """Per layer and KV head, the long-range attention in a prompt, what its cache holds of it with
-    the error alone and with importance, and its pairs; the sizes as JSON."""
-    lines = ["layer  KV head  pairs  recent  long-range attention  held by error  with importance"]
-    for layer, of_layer in found.held.items():
-        columns = (found.sizes[layer], found.recent[layer], *(x.tolist() for x in of_layer))
-        heads = zip(*columns, strict=True)
-        for head, (pairs, recent, total, *kept) in enumerate(heads):
-            alone, weighted = _shares(total, *kept)
-            lines.append(
-                f"{layer:5}  {head:7}  {pairs:5}  {recent:6}  {total:20.2f}  {alone:13.0%}  "
-                f"{weighted:13.0%}"
-            )
-    of_all = (
-        sum(float(x.sum()) for x in column) for column in zip(*found.held.values(), strict=True)
-    )
-    alone, weighted = _shares(*of_all)
-    lines.append(f"all heads hold {alone:.0%} by error, {weighted:.0%} with importance")
+    """What the caches hold of the long-range attention in a prompt, with the error alone and with
+    importance; the sizes as JSON."""
+    columns = zip(*found.held.values(), strict=True)
+    total, alone, weighted = (sum(float(x.sum()) for x in column) for column in columns)
+    total = max(total, 1e-9)
     keys = {"sparse_cache_size": found.sizes, "recent_size": found.recent}
-    return "\n".join([*lines, "", json.dumps(keys)])
-
-
-def _shares(total: float, alone: float, weighted: float) -> tuple[float, float]:
-    return alone / max(total, 1e-9), weighted / max(total, 1e-9)
+    return (
+        f"all heads hold {alone / total:.0%} of the long-range attention by error, "
+        f"{weighted / total:.0%} with importance\n\n{json.dumps(keys)}"
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import re
@@ -308,56 +307,43 @@ def _for_training(text: str) -> str | None:
 
 def _open_jsonl(path: Path, tokenizer: PreTrainedTokenizerBase) -> _Source:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error}); convert it first") from None
-    # Not splitlines(): a JSON string may have Unicode's own line separators in it.
-    lines = [(at, line) for at, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
-        raise DataError(f"{path}: empty")
-
-    def parse(at: int) -> Mapping[str, Any]:
-        number, line = lines[at]
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}:{number}: not JSON ({error})") from None
-        if not isinstance(entry, dict):
-            raise DataError(f"{path}:{number}: not a JSON object")
-        return entry
-
-    return _Source(
-        str(path),
-        len(lines),
-        lambda at: _entry_text(parse(at), tokenizer, f"{path}:{lines[at][0]}"),
-        lambda at: "messages" in parse(at),
-    )
+        return _of_dataset(str(path), tokenizer, "json", data_files=str(path))
+    except _UnreadableError as error:
+        raise DataError(f"{path}: no JSON lines of one form ({error})") from error
 
 
 def _open_dataset(name: str, tokenizer: PreTrainedTokenizerBase) -> _Source:
     if not _DATASET.fullmatch(name) or Path(name).suffix in (".txt", *_CHAT_SUFFIXES):
         raise DataError(f"{name}: no such file or directory")
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(
-            f"{name}: no such file; reading it as a data set needs `pip install "
-            f"'lola-vllm[distill]'` ({error})"
-        ) from error
     dataset_name, _, config = name.partition(":")
     try:
-        dataset = datasets.load_dataset(dataset_name, config or None, split="train")
-    except Exception as error:  # many libraries may raise: hub, file formats, network
-        reason = str(error).strip().partition("\n")[0]
+        return _of_dataset(name, tokenizer, dataset_name, config or None)
+    except _UnreadableError as error:
         raise DataError(
-            f"{name}: neither a file here nor a data set that could be loaded ({reason}); give a "
+            f"{name}: neither a file here nor a data set that could be loaded ({error}); give a "
             "text file, a .jsonl file, a directory, or NAME or NAME:CONFIG of a data set"
         ) from error
+
+
+class _UnreadableError(Exception):
+    """What `datasets` says of a source that it cannot read."""
+
+
+def _of_dataset(
+    name: str, tokenizer: PreTrainedTokenizerBase, *args: Any, **options: Any
+) -> _Source:
+    try:
+        import datasets
+
+        dataset = datasets.load_dataset(*args, **options, split="train")
+    except ImportError as error:
+        raise DataError(f"{name}: needs `pip install 'lola-vllm[distill]'` ({error})") from error
+    except Exception as error:  # many libraries may raise: hub, file formats, network
+        raise _UnreadableError(str(error).strip().partition("\n")[0]) from error
     columns = list(dataset.column_names)
     if "messages" not in columns and "text" not in columns:
         raise DataError(
-            f'{name}: has neither a "messages" nor a "text" column, but {", ".join(columns)}; '
-            "write it to a .jsonl file with one of them"
+            f'{name}: has neither a "messages" nor a "text" column, but {", ".join(columns)}'
         )
     if len(dataset) == 0:
         raise DataError(f"{name}: empty")
@@ -365,7 +351,7 @@ def _open_dataset(name: str, tokenizer: PreTrainedTokenizerBase) -> _Source:
         name,
         len(dataset),
         lambda at: _entry_text(dataset[at], tokenizer, f"{name}, row {at}"),
-        lambda at: "messages" in columns,
+        lambda at: dataset[at].get("messages") is not None,
     )
 
 
@@ -379,18 +365,10 @@ def _entry_text(
                 f'{where}: has "messages", but the tokenizer has no chat template; give "text", or '
                 "a tokenizer with a template"
             )
-        if not isinstance(messages, list) or not all(
-            isinstance(message, dict) and {"role", "content"} <= message.keys()
-            for message in messages
-        ):
-            raise DataError(f'{where}: "messages" must be a list of {{"role", "content"}}')
         try:
             return (
                 str(tokenizer.apply_chat_template(messages, tokenize=False)) if messages else None
             )
         except Exception as error:  # raised by Jinja or by the template itself
             raise DataError(f"{where}: the chat template refuses it ({error})") from error
-    text = entry.get("text")
-    if not isinstance(text, str):
-        raise DataError(f'{where}: has neither "messages" nor "text", but {", ".join(entry)}')
-    return _for_training(text)
+    return _for_training(entry.get("text") or "")

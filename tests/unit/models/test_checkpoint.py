@@ -78,7 +78,7 @@ def test_an_importance_is_expected_where_there_is_one() -> None:
     assert {name: expected.pop(name) for name in names} == dict.fromkeys(names, (2, 4 + 8 + 1))
     assert expected == schema()
     with_it = {**schema(), **dict.fromkeys(names, (2, 13))}
-    with pytest.raises(CheckpointError, match=r"(?s)missing.*\[2, 13\]; other layers have theirs"):
+    with pytest.raises(CheckpointError, match=r"(?s)missing.*\[2, 13\]"):
         check_tensors(with_it, schema())
     with pytest.raises(CheckpointError, match=r"found \[4, 13\], expected \[2, 13\]"):
         check_tensors(with_it, {**with_it, names[0]: (4, 13)})
@@ -91,24 +91,19 @@ def schema(facts: TensorFacts = FACTS) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "remedy"),
+    ("name", "shape"),
     [
-        ("feature_map_k", (4, 8, 8), "another number of state heads"),
-        ("feature_map_k", (2, 8, 16), "as many columns"),
-        ("feature_map_q", (4, 8, 16), "as many columns"),
-        ("feature_map_q", (2, 8, 8), "one head per query head"),
-        ("feature_map_q", (4, 16, 8), "head_dim = 8"),
-        ("window_factors", (1, 4, 1, 1), "another model"),
+        ("feature_map_k", (4, 8, 8)),
+        ("feature_map_k", (2, 8, 16)),
+        ("feature_map_q", (4, 16, 8)),
+        ("window_factors", (1, 4, 1, 1)),
     ],
 )
-def test_wrong_shape_names_both_shapes_and_the_remedy(
-    name: str, shape: tuple[int, ...], remedy: str
-) -> None:
+def test_wrong_shape_names_both_shapes(name: str, shape: tuple[int, ...]) -> None:
     name = f"model.layers.1.self_attn.{name}"
     with pytest.raises(CheckpointError) as error:
         check_tensors(schema(), {**schema(), name: shape})
     assert f"{name}: found {list(shape)}, expected {list(schema()[name])}" in str(error.value)
-    assert remedy in str(error.value)
 
 
 def test_missing_and_unexpected_tensors_are_named() -> None:
@@ -120,10 +115,9 @@ def test_missing_and_unexpected_tensors_are_named() -> None:
         check_tensors(schema(), found)
     message = str(error.value)
     assert "missing (2):" in message and "unexpected (2):" in message
-    assert "feature_map_q [4, 8, 8]; a plain Llama gets these from `lola-vllm init`" in message
-    assert "tie_word_embeddings" in message
-    assert "nearest valid name: 'model.layers.0.self_attn.window_factors'" in message
-    assert "q_proj.bias; set qkv_bias to true" in message
+    assert "feature_map_q [4, 8, 8]" in message and "`lola-vllm init`" in message
+    assert "lm_head.weight [" in message
+    assert "self_attn.window_factor\n" in message and "q_proj.bias" in message
 
 
 # ---- init

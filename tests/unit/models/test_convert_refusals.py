@@ -65,15 +65,15 @@ DISTILL: dict[str, tuple[Callable[[], object], list[str]]] = {
     "a deeper model": (
         lambda: distill_tensors(layers=3),
         ["distill.pt: does not fit the base\nunexpected (3):", LAYER.replace("1", "2"),
-         "it fits a model with 3 layers, 4 query heads of size 8, F 6", BASE_IS],
+         BASE_IS],
     ),
     "more query heads": (
         lambda: distill_tensors(Hq=8, Hs=8),
-        ["wrong shape (6):", SHAPED, "with 2 layers, 8 query heads of size 8, F 6"],
+        ["wrong shape (6):", SHAPED],
     ),
     "larger heads": (
         lambda: distill_tensors(d=16),
-        ["wrong shape (4):", SHAPED, "4 query heads of size 16, F 6"],
+        ["wrong shape (4):", SHAPED],
     ),
     "every fault": (
         full_of_faults,
@@ -99,8 +99,7 @@ DISTILL: dict[str, tuple[Callable[[], object], list[str]]] = {
 LORA: dict[str, tuple[Callable[[], object], list[str]]] = {
     "a wider model": (
         lambda: lora_tensors(rows={"q_proj": (32, 48), "k_proj": (64, 48)}),
-        ["wrong shape (6):", "found [64, 3], expected [16, 3]",
-         "it fits a model with 2 layers, hidden size 48, LoRA rank 3, 32 rows in q_proj"],
+        ["wrong shape (6):", "found [64, 3], expected [16, 3]"],
     ),
     "half of an adapter": (
         lambda: without(lora_tensors(), "k_proj.lora_B"),
