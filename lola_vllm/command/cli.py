@@ -17,7 +17,6 @@ from lola_vllm.command.client.command import add_chat, add_sessions
 from lola_vllm.command.client.library import add_library
 from lola_vllm.command.linearize.command import add_options as _linearize
 from lola_vllm.core.cli_options import (
-    Parser,
     add_lola_config,
     add_recipe,
     summarize,
@@ -316,7 +315,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="lola-vllm", description="LoLA attention for vLLM")
+    parser = argparse.ArgumentParser(prog="lola-vllm", description="LoLA attention for vLLM")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, (add_options, text) in COMMANDS.items():
         add_options(subparsers.add_parser(name, help=text, description=text))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import shlex
-from collections.abc import Sequence
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -70,32 +68,6 @@ def from_options(kind: type[T], args: argparse.Namespace, **others: Any) -> T:
     """The dataclass `kind` with what the user gave, but for the fields in `others`."""
     made = [item.name for item in fields(kind) if "part" in item.metadata]  # type: ignore[arg-type]
     return kind(**{name: getattr(args, name) for name in made} | others)
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser, also of subcommands, that names the nearest option to one that it does not know.
-
-    It checks before argparse does, which would first report the intended option as missing.
-    """
-
-    def parse_known_args(  # type: ignore[override]
-        self, args: Sequence[str] | None = None, namespace: Any = None
-    ) -> tuple[Any, list[str]]:
-        rest = (argparse.PARSER, argparse.REMAINDER)  # another parser checks what follows
-        if args is not None and not any(action.nargs in rest for action in self._actions):
-            self._check_names(args)
-        return super().parse_known_args(args, namespace)
-
-    def _check_names(self, args: Sequence[str]) -> None:
-        for arg in args:
-            if arg == "--":
-                return
-            name = arg.partition("=")[0]
-            options = [option for option in self._option_string_actions if option[:2] == "--"]
-            if name[:2] == "--" and not any(option.startswith(name) for option in options):
-                near = difflib.get_close_matches(name, options, n=1)
-                hint = f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help"
-                self.error(f"unrecognized option: {name}{hint}")
 
 
 def add_lola_config(parser: argparse._ActionsContainer) -> None:

@@ -22,9 +22,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="a text file or a directory of them: what the model should be good at",
     )  # fmt: skip
     parser.add_argument(
-        "--hours", type=float, metavar="H",
-        help="for all of it on this machine, whose speed is measured; more hours train on more "
-        "text (default: as many tokens as the demo model was trained on)",
+        "--scale", type=float, default=1.0, metavar="X",
+        help="of the tokens that are trained on; 1, the default, has those of the demo model",
     )  # fmt: skip
     parser.add_argument(
         "--memory", type=float, metavar="MIB",
@@ -40,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace a model at --out")
     parser.add_argument(
         "--dry-run", action="store_true",
-        help="print the plan: tokens, hours, and all hyperparameters",
+        help="print the plan: tokens and all hyperparameters",
     )  # fmt: skip
     parser.set_defaults(run=_run)
 
@@ -53,7 +52,7 @@ def _run(args: argparse.Namespace) -> int:
         args.base,
         args.texts,
         args.out,
-        hours=args.hours,
+        scale=args.scale,
         memory_mib=args.memory,
         overrides=read_recipe(args.recipe),
         work=args.work_dir,

@@ -1,23 +1,14 @@
-"""What a recipe costs: tokens and hours."""
+"""The stages of a recipe, and what they read."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from lola_vllm.command.linearize.recipe import Recipe, state_bytes
-from lola_vllm.models.files import CheckpointError
 from lola_vllm.training.calibrate.copying import ENOUGH, REPEATED
 from lola_vllm.training.calibrate.run import COPYING_PROMPTS, TRIED_PROMPTS
-
-# Seconds of a token over those of a forward pass of a row of training, measured on CPUs. A
-# calibration reads long prompts, notes what they attend to, and fits importance: 1.5 (0.5B) and
-# 1.75 (135M).
-CALIBRATION_FACTOR = 1.7
-LEAST_SCALE, MOST_SCALE = 0.02, 100.0  # of `scale_to`; below the first a stage is a few rows
-MIB = 2**20
 
 # Stages in their order, with the words of the plan.
 STAGES: dict[str, str] = {
@@ -28,21 +19,6 @@ STAGES: dict[str, str] = {
     "recalibrate": "calibration of the result",
     "card": "model and card",
 }
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Seconds that a token takes on this machine, in all layers.
-
-    Attributes:
-        forward: read by the softmax model. transfer: trained on in stage 1.
-        lora: trained on in stage 2. on: trained on for a calibration.
-    """
-
-    forward: float
-    transfer: float
-    lora: float
-    on: float
 
 
 def stage_tokens(recipe: Recipe) -> dict[str, int]:
@@ -61,57 +37,16 @@ def stage_tokens(recipe: Recipe) -> dict[str, int]:
     }
 
 
-def stage_seconds(recipe: Recipe, speed: Speed) -> dict[str, float]:
-    """Seconds that each stage takes at a measured speed."""
-    of_token = {
-        "transfer": speed.transfer,
-        "lora": speed.lora,
-        "calibrate": CALIBRATION_FACTOR * speed.forward,
-        "train-on": speed.on,
-        "recalibrate": CALIBRATION_FACTOR * speed.forward,
-    }
-    return {name: n * of_token[name] for name, n in stage_tokens(recipe).items()}
-
-
-def scale_to(hours: float, seconds_of: Callable[[float], float]) -> float:
-    """The scale of a recipe (`derive`) with which all stages take so many hours.
-
-    Args:
-        hours: of all stages.
-        seconds_of: what a recipe of a scale takes; it must not fall.
-
-    Raises:
-        CheckpointError: too few hours; names the least number.
-    """
-    wanted = hours * 3600
-    if seconds_of(LEAST_SCALE) > wanted:
-        raise CheckpointError(
-            f"--hours {hours:g}: the least that trains anything takes "
-            f"{seconds_of(LEAST_SCALE) / 3600:.2f} on this machine; give more, or fewer prompts "
-            "by --recipe"
-        )
-    low, high = LEAST_SCALE, 2 * LEAST_SCALE
-    while seconds_of(high) < wanted and high < MOST_SCALE:  # texts may hold too little for more
-        low, high = high, 2 * high
-    for _ in range(20):
-        middle = (low + high) / 2
-        low, high = (middle, high) if seconds_of(middle) <= wanted else (low, middle)
-    return low
-
-
-def format_plan(base: Path, recipe: Recipe, speed: Speed) -> str:
+def format_plan(base: Path, recipe: Recipe) -> str:
     """The text that `--dry-run` prints."""
-    tokens, seconds = stage_tokens(recipe), stage_seconds(recipe, speed)
-    lines = [f"{'stage':26}  {'tokens':>10}  {'hours':>6}"]
-    for name, title in STAGES.items():
-        if name in tokens:
-            lines.append(f"{title:26}  {tokens[name]:10,}  {seconds[name] / 3600:6.2f}")
-    total = sum(tokens.values())
-    lines.append(f"{'all':26}  {total:10,}  {sum(seconds.values()) / 3600:6.2f}")
+    tokens = stage_tokens(recipe)
+    lines = [f"{'stage':26}  {'tokens':>10}"]
+    lines += [f"{STAGES[name]:26}  {number:10,}" for name, number in tokens.items()]
+    lines.append(f"{'all':26}  {sum(tokens.values()):10,}")
     state = state_bytes(base, recipe.train_on.lola_config, recipe.pairs)
     lines += [
         "",
-        f"a sequence of the model takes {state / MIB:.2f} MiB whatever its length: "
+        f"a sequence of the model takes {state / 2**20:.2f} MiB whatever its length: "
         f"{recipe.calibrate.pairs} pairs of a KV head by score and {recipe.calibrate.recent} "
         "recent ones",
         "",

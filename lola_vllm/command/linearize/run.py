@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lola_vllm.command.linearize import plan, recipe
-from lola_vllm.command.linearize.plan import STAGES, Speed
+from lola_vllm.command.linearize.plan import STAGES
 from lola_vllm.command.linearize.recipe import Recipe
 from lola_vllm.command.linearize.state import WorkState, open_state
 from lola_vllm.core import cpu
@@ -40,7 +40,7 @@ def linearize(
     texts: Path,
     out: Path,
     *,
-    hours: float | None = None,
+    scale: float = 1.0,
     memory_mib: float | None = None,
     overrides: Mapping[str, Any] | None = None,
     work: Path | None = None,
@@ -55,14 +55,13 @@ def linearize(
         base: a local Hugging Face directory (Llama, Mistral, Qwen2 or Qwen3).
         texts: a text file or a directory of them.
         out: where the model goes; it is written completely or not at all.
-        hours: for all stages, by which the tokens that are trained on are scaled; None: those of
-            the demo model.
+        scale: of the tokens that are trained on, against those of the demo model.
         memory_mib: of a sequence of the model, in MiB; see `Recipe`.
         overrides: options that replace what follows from the base, by part of `Recipe` and name.
         work: keeps what is done; default: `out` with ".training" added.
         resume: go on with the run in `work`; without it a `work` that holds something is refused.
         force: replace a model that is already at `out`.
-        dry_run: say what would be done, and do nothing. The speed of the machine is measured.
+        dry_run: say what would be done, and do nothing.
         say: is given lines for people.
 
     Returns:
@@ -72,8 +71,8 @@ def linearize(
         CheckpointError: a base, texts, options or a directory that cannot be used.
         DataError, TextsError: texts that cannot be read.
     """
-    if hours is not None and not hours > 0:
-        raise CheckpointError(f"--hours {hours:g}: must be above 0")
+    if not scale > 0:
+        raise CheckpointError(f"--scale {scale:g}: must be above 0")
     parse_config(base, read_base_config(base))  # refuses what is no base
     work = work or default_work(out)
     check_output(out, force=force, inputs=[base, texts])
@@ -81,7 +80,7 @@ def linearize(
     inputs = {
         "base": _print_of(base),
         "texts": texts.name,
-        "hours": hours,
+        "scale": scale,
         "memory": memory_mib,
         "recipe": dict(overrides or {}),
     }
@@ -91,29 +90,28 @@ def linearize(
         state = open_state(work, inputs, resume=resume)
         state.save()
     if not state.recipe:
-        made, speed = _plan(base, size, hours, memory_mib, overrides or {}, say)
-        state.recipe, state.speed = asdict(made), asdict(speed)
+        made = recipe.derive(
+            base,
+            text_bytes=size,
+            memory_mib=memory_mib,
+            scale=scale,
+            dtype=_fast_dtype(base),
+            free_bytes=_free_memory(),
+            overrides=overrides,
+        )
+        recipe.check(made)
+        state.recipe = asdict(made)
         if not dry_run:
             state.save()
-    made, speed = recipe.from_json(state.recipe), Speed(**state.speed)
-    say(plan.format_plan(base, made, speed))
+    made = recipe.from_json(state.recipe)
+    say(plan.format_plan(base, made))
     if dry_run:
         return None
     run = _Run(base, texts, out, made, work, state, force)
-    left = plan.stage_seconds(made, speed)
     for name, action in run.actions().items():
-        rest = sum(left[later] for later in left if _after(later, name, state))
-        if name in left and name not in state.done:
-            hours_of, hours_left = left[name] / 3600, rest / 3600
-            say(f"{STAGES[name]}: about {hours_of:.2f} hours of {hours_left:.2f} that are left")
         _stage(state, name, say, action)
     _clean(work)
     return parse_config(out, read_json(out / "config.json"))
-
-
-def _after(later: str, name: str, state: WorkState) -> bool:
-    order = list(STAGES)
-    return order.index(later) >= order.index(name) and later not in state.done
 
 
 def _stage(
@@ -131,49 +129,6 @@ def _stage(
         state.seconds[name] = round(spent, 1)
         state.save()
     say(f"{STAGES[name]}: done after {spent / 3600:.2f} hours")
-
-
-def _plan(
-    base: Path,
-    text_bytes: int,
-    hours: float | None,
-    memory_mib: float | None,
-    overrides: Mapping[str, Any],
-    say: Callable[[str], None],
-) -> tuple[Recipe, Speed]:
-    from lola_vllm.command.linearize.timing import measure_speed, measure_transfer
-
-    def derived(scale: float) -> Recipe:
-        made = recipe.derive(
-            base,
-            text_bytes=text_bytes,
-            memory_mib=memory_mib,
-            scale=scale,
-            dtype=_fast_dtype(base),
-            free_bytes=_free_memory(),
-            overrides=overrides,
-        )
-        recipe.check(made)
-        return made
-
-    made = derived(1.0)
-    say("timing a row of each kind")
-    speed = measure_speed(base, made)
-    if hours is None:
-        return made, speed
-
-    def scaled() -> Recipe:
-        def seconds_of(scale: float) -> float:
-            return sum(plan.stage_seconds(derived(scale), speed).values())
-
-        return derived(plan.scale_to(hours, seconds_of))
-
-    timed, made = made, scaled()
-    if made.train.row_length != timed.train.row_length:
-        say(f"timing rows of {made.train.row_length:,} tokens, whose tokens take less time")
-        speed = replace(speed, transfer=measure_transfer(base, made))
-        made = scaled()
-    return made, speed
 
 
 class _Run:

@@ -21,15 +21,13 @@ class WorkState:
     Attributes:
         work: its directory.
         inputs: what the user gave: base, texts and options. Another run has others.
-        speed: seconds of a token by stage, once measured.
-        recipe: as JSON, once derived. It stays, though another measurement would give another one.
+        recipe: as JSON, once derived.
         done: stages that are finished.
         seconds: spent in each stage, in interrupted runs too.
     """
 
     work: Path
     inputs: dict[str, Any]
-    speed: dict[str, float] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     done: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
