@@ -37,6 +37,11 @@ MAX_SEQUENCES = 256
 # on an idle machine. Beside two busy processes on two cores a step takes 57 ms with it, 32 without
 # spinning and 91 with OpenMP's default.
 SPINS = 20_000
+STORE_REASON = (
+    "what is stored: states of conversations, in memory unless a directory is given;\n"
+    "      --lola-state-dir keeps those with a name for the next start,\n"
+    "      --lola-store none keeps nothing (docs/privacy.md)"
+)
 IDLE = 0.15  # share of the cores that others may use on a machine that counts as idle
 
 # Options of vLLM that say something about prefix caching, or with which a store does not do the
@@ -160,7 +165,7 @@ def plan(
                 "\n      --enable-prefix-caching has both"
             )
             chosen.append(ChosenOption("--no-enable-prefix-caching", "", reason))
-        chosen.append(ChosenOption("--additional-config", stored, store.reason))
+        chosen.append(ChosenOption("--additional-config", stored, STORE_REASON))
     return Launch(model, chosen, _environment(machine, env), store.rest, notes)
 
 

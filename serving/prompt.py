@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -89,14 +90,18 @@ async def prompt_tokens(
         raise _wrong_length(body, f"{error.value} {units[error.parameter]}", limit) from None
     if not 1 <= len(tokens) <= limit:
         raise _wrong_length(body, f"{len(tokens)} tokens", limit)
+    _check_ids(ids or (), engine)
+    return tokens
+
+
+def _check_ids(tokens: Sequence[int], engine: LolaEngine) -> None:
     vocabulary = engine.config.model_config.get_vocab_size()
-    for token in ids or ():  # an invalid id would be an index out of range in the engine
+    for token in tokens:  # an invalid id would be an index out of range in the engine
         if not 0 <= token < vocabulary:
             raise HTTPException(
                 HTTPStatus.BAD_REQUEST,
                 f"prompt: token id {token} is none of 0 to {vocabulary - 1}",
             )
-    return tokens
 
 
 def _wrong_length(body: PromptRequest, length: str, limit: int) -> HTTPException:
@@ -191,10 +196,4 @@ def check_length(tokens: list[int], engine: LolaEngine) -> None:
             f"the session would have {len(tokens)} tokens, and fewer than {limit} "
             "(--max-model-len) are served; send less, or start another session",
         )
-    vocabulary = engine.config.model_config.get_vocab_size()
-    for token in tokens:  # an invalid id would be an index out of range in the engine
-        if not 0 <= token < vocabulary:
-            raise HTTPException(
-                HTTPStatus.BAD_REQUEST,
-                f"prompt: token id {token} is none of 0 to {vocabulary - 1}",
-            )
+    _check_ids(tokens, engine)

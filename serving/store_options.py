@@ -123,26 +123,6 @@ class StoreOptions(NamedTuple):
             return settings.get("store") != "none"
         return StoreSettings.from_mapping(settings, STORE_KEY).enabled
 
-    @property
-    def reason(self) -> str:
-        """In words for the user, what is kept."""
-        settings = self.settings
-        if not self.keeps:
-            return "nothing is stored, as you say"
-        if settings.keys() <= {"allowed_hosts", "list_sessions"}:
-            return (
-                "states are stored, in memory only: a conversation goes on where it stopped;\n"
-                "      --lola-state-dir keeps those with a name for the next start,\n"
-                "      --lola-store none keeps nothing"
-            )
-        what = "" if settings.get("store") == "all" else "with a name "
-        where = settings.get("state_dir")
-        also = f": those of conversations {what}also in {where}" if where else ""
-        return (
-            f"states outlive their requests, as you say{also};\n"
-            "      --lola-store none keeps nothing (docs/privacy.md)"
-        )
-
 
 def add_options(parser: argparse._ActionsContainer) -> None:
     """Add the options of this command that may stand before the model and after it."""

@@ -52,7 +52,8 @@ class Answer:
 
 
 def print_answer(
-    events: Generator[dict[str, Any]], show: Callable[[Sequence[dict[str, Any]]], None]
+    events: Generator[dict[str, Any]],
+    show: Callable[[Sequence[dict[str, Any]]], None] = lambda sources: None,
 ) -> Answer:
     """Print an answer as it comes.
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import secrets
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lola_vllm.command.client import ClientError
 from lola_vllm.command.client.answers import STREAM, print_answer
 from lola_vllm.command.client.server import Server, path
-from lola_vllm.command.client.sources import library_path, source_lines
 from lola_vllm.command.client.terminal import print
 from lola_vllm.memory.sessions.names import check_name
 
@@ -32,29 +31,21 @@ def chat(
     server: Server,
     session: str | None,
     options: Mapping[str, Any],
-    library: str | None = None,
-    recall: bool = False,
 ) -> int:
     """Read messages from standard input, one a line, and print the answers; until its end.
 
     At a terminal Ctrl-C ends an answer, and between answers the chat.
 
     Args:
-        session: a name; None: a new one. options: fields of a chat completion. library: which each
-            message is asked of; a new session goes on from what the first reads of it. recall:
-            whether a segment of the chat's own text comes back for each message.
+        session: a name; None: a new one. options: fields of a chat completion.
 
     Raises:
-        ClientError: the server refuses, or cannot be reached, or both of library and recall.
+        ClientError: the server refuses, or cannot be reached.
         KeyboardInterrupt: Ctrl-C where messages do not come from a terminal.
     """
-    if library is not None and recall:
-        raise ClientError(
-            f"--recall with --library {library}: a message is asked of one of them; leave one out"
-        )
     name = f"chat-{secrets.token_hex(4)}" if session is None else check_name(session)
     people = sys.stdin.isatty()
-    conversation = _Conversation(server, name, options, people, library, recall)
+    conversation = _Conversation(server, name, options, people)
     while True:
         try:
             if people:
@@ -76,23 +67,11 @@ class _Conversation:
     """A session and where it is.
 
     Args:
-        people: whether Ctrl-C ends an answer only. library, recall: as of `chat`.
+        people: whether Ctrl-C ends an answer only.
     """
 
-    def __init__(
-        self,
-        server: Server,
-        name: str,
-        options: Mapping[str, Any],
-        people: bool,
-        library: str | None,
-        recall: bool,
-    ) -> None:
+    def __init__(self, server: Server, name: str, options: Mapping[str, Any], people: bool) -> None:
         self.server, self.name, self.options, self.people = server, name, options, people
-        self.library = library
-        self.asks = {"recall": "segments"} if recall else {}
-        if library is not None:
-            self.asks = {"library": library}
         self.broken: SessionPlace | None = None  # before the turn whose answer was broken off
         found = server.find(name)
         self.at = (
@@ -110,18 +89,15 @@ class _Conversation:
             self._follow()  # the server may have read that message since
             self.broken = None
         before = self.at
-        where, place = path(self.name, "chat"), {**before._asdict(), **self.asks}
-        if self.library is not None and not before.turn:  # it begins the session
-            where, place = library_path(self.library, "chat"), {"session": self.name}
         body = {
             "messages": [{"role": "user", "content": text}],
             # So that nobody else's turn, and no lost one, is gone on from unnoticed.
-            **place,
+            **before._asdict(),
             **STREAM,
             **self.options,
         }
         try:
-            answer = print_answer(self.server.events(where, body), _show)
+            answer = print_answer(self.server.events(path(self.name, "chat"), body))
         except KeyboardInterrupt:
             print()
             if not self.people:
@@ -140,12 +116,6 @@ class _Conversation:
         if told.get("unwritten"):
             _note(f"the turn is in the server's memory only: {told['unwritten']}")
         prompt, restored = usage.get("prompt_tokens", 0), told["restored_tokens"]
-        if answer.sources and before.turn:  # the part next to the question is none of the session
-            prompt -= answer.sources[0]["tokens"]
-        if recalled := told.get("recalled"):
-            first_token, last_token = recalled["first"], recalled["last"] - 1
-            prompt -= recalled["last"] - recalled["first"]  # which is no part of the session
-            _note(f"recalled tokens {first_token:,} to {last_token:,}: {recalled['sentence']}")
         reason = f" ({told['reason']})" if told["reason"] and before.turn else ""
         _note(
             f"turn {told['turn']}: {restored:,} tokens restored{reason}, {prompt - restored:,} "
@@ -160,15 +130,10 @@ class _Conversation:
         of an answer that it was still making.
         """
         self.broken, deadline = self.at, time.monotonic() + SETTLE_S
-        begins = self.library is not None and not self.at.turn
-        if begins:  # what is composed for the question is a turn before it
-            self.broken = SessionPlace(self.at.turn + 1, None)
         kind = self._follow()
         while kind is None and time.monotonic() < deadline:
             time.sleep(0.05)
             kind = self._follow()
-        if kind is None and begins and (found := self.server.find(self.name)) is not None:
-            self.at = SessionPlace(found["turn"], found["tokens"])
         if kind is None:
             _note("broken off; neither your message nor the answer is part of the memory")
             return
@@ -192,8 +157,3 @@ class _Conversation:
 def _note(text: str) -> None:
     """Something about the conversation: apart from it, so that answers can be piped."""
     print(f"[{text}]", file=sys.stderr, flush=True, dim=True)
-
-
-def _show(sources: Sequence[dict[str, Any]]) -> None:
-    for line in source_lines(sources):
-        _note(line)
