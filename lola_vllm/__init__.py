@@ -37,7 +37,8 @@ def _register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from lola_vllm.core.config import ARCHITECTURES, DecoderConfig
+    from lola_vllm.core.config import DecoderConfig
+    from lola_vllm.core.model_types import ARCHITECTURES
     from lola_vllm.engine.vllm import compat
     from lola_vllm.engine.vllm.config_hook import LolaModelConfig
 

@@ -17,7 +17,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from lola_vllm import __version__
-from lola_vllm.core.config import MODEL_TYPE
+from lola_vllm.core.model_types import MODEL_TYPE
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 from lola_vllm.engine.estimate import parts_of
 from lola_vllm.engine.vllm.cache import lola_hf_config, row_bytes, sequence_layout

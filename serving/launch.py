@@ -21,7 +21,7 @@ import psutil
 import torch
 
 from lola_vllm.core import cpu
-from lola_vllm.core.config import LOLA_TYPES
+from lola_vllm.core.model_types import LOLA_TYPES
 from lola_vllm.engine.vllm import compat
 from lola_vllm.models.files import CheckpointError, read_json
 from lola_vllm.serving.options import named_options

@@ -39,7 +39,7 @@ tell(vllm=vllm.__version__)
 import lola_vllm
 lola_vllm._register()
 from vllm import ModelRegistry
-from lola_vllm.core.config import ARCHITECTURE
+from lola_vllm.core.model_types import ARCHITECTURE
 tell(active=ARCHITECTURE in ModelRegistry.get_supported_archs())
 import lola_vllm.serving.plugin
 tell(routes=True)
@@ -294,7 +294,7 @@ def check_memory() -> Iterator[Finding]:
 
 def check_model(model: Path) -> Iterator[Finding]:
     """A LoLA model's directory: its config, and names and shapes of its tensors."""
-    from lola_vllm.core.config import LOLA_TYPES
+    from lola_vllm.core.model_types import LOLA_TYPES
     from lola_vllm.models.base import parse_config
     from lola_vllm.models.files import CheckpointError, read_json, read_shapes, weight_files
     from lola_vllm.models.schema import (

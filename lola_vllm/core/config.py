@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,23 +17,20 @@ from pydantic import Field as PydanticField
 from transformers import PreTrainedConfig
 
 from lola_vllm.core.compact_json import compact_lists
+from lola_vllm.core.model_types import (
+    FULL_ATTENTION,
+    LLAMA_ARCHITECTURE,
+    LOLA_TYPES,
+    MODEL_TYPE,
+    architecture_of,
+    base_type_of,
+    windows_of,
+)
+from lola_vllm.core.sizes import Sizes, of_layer, read_sizes
 
-MODEL_TYPE = "lola"
-OLD_MODEL_TYPE = "lola_llama"  # of before other decoders; files load as they are
-LOLA_TYPES = (MODEL_TYPE, OLD_MODEL_TYPE)
-# vLLM's classes: any decoder, one with experts, and the four that vLLM's own Llama runs.
-ARCHITECTURE, MOE_ARCHITECTURE = "LolaForCausalLM", "LolaMoEForCausalLM"
-LLAMA_ARCHITECTURE = "LolaLlamaForCausalLM"
-ARCHITECTURES = {  # and the modules of `engine/vllm` that have them
-    ARCHITECTURE: "any_decoder",
-    MOE_ARCHITECTURE: "any_decoder",
-    LLAMA_ARCHITECTURE: "model",
-}
-LLAMA_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"  # in `layer_types`
 ENDLESS_LENGTH = 131_072  # tokens; 160 MiB of token ids for vLLM's 256 sequences
 
-_FACTS = "_lola_facts"  # name of the attribute
+_FACTS, _LOLA = "_lola_facts", "_lola"  # names of attributes that are no part of a file
 # Of a file; the class says what they say.
 _DERIVED = ("model_type", "base_model_type", "qkv_bias", "qk_norm")
 SEVERAL_TABLES = ("dynamic", "longrope")  # types of RoPE with a table by the length of a context
@@ -42,32 +38,6 @@ SEVERAL_TABLES = ("dynamic", "longrope")  # types of RoPE with a table by the le
 
 class LolaConfigError(ValueError):
     """A `lola_config` that cannot be used; the message names field, value and remedy."""
-
-
-Sizes = int | tuple[int | tuple[int, ...], ...]
-
-
-def _sizes(value: Any) -> Sizes:
-    """Sizes as `LolaConfig.sparse_cache_size` has them; lists become tuples."""
-
-    def is_size(x: Any) -> bool:
-        return type(x) is int and x >= 0
-
-    if is_size(value):
-        return int(value)
-    layers: list[int | tuple[int, ...]] = []
-    for layer in value if isinstance(value, (list, tuple)) else ():
-        heads = isinstance(layer, (list, tuple)) and len(layer) > 0 and all(map(is_size, layer))
-        if not (heads or is_size(layer)):
-            layers = []
-            break
-        layers.append(tuple(layer) if heads else layer)
-    if not layers:
-        raise ValueError(
-            "must be an integer of at least 0, or a list with one for each layer, or with a list "
-            "of one for each KV head of a layer"
-        )
-    return tuple(layers)
 
 
 class LolaConfig(BaseModel):
@@ -111,8 +81,8 @@ class LolaConfig(BaseModel):
 
     window_size: int = PydanticField(default=64, ge=1)
     sink_size: int = PydanticField(default=0, ge=0)
-    sparse_cache_size: Annotated[Sizes, PlainValidator(_sizes)] = 128
-    recent_size: Annotated[Sizes, PlainValidator(_sizes)] = 0
+    sparse_cache_size: Annotated[Sizes, PlainValidator(read_sizes)] = 128
+    recent_size: Annotated[Sizes, PlainValidator(read_sizes)] = 0
     update_interval: int = PydanticField(default=0, ge=1)
     sparse_dtype: Literal["model", "int8"] = "model"
     mixing: Literal["lola", "lolcats"] = "lola"
@@ -172,7 +142,7 @@ class LolaConfig(BaseModel):
         Its `sparse_cache_size` and `recent_size` are a number each, or a tuple with one tuple, of
         its KV heads' numbers.
         """
-        own = (_of_layer(sizes, index) for sizes in (self.sparse_cache_size, self.recent_size))
+        own = (of_layer(sizes, index) for sizes in (self.sparse_cache_size, self.recent_size))
         size, recent = (x if isinstance(x, int) else (x,) for x in own)
         return self.model_copy(update={"sparse_cache_size": size, "recent_size": recent})
 
@@ -182,7 +152,7 @@ class LolaConfig(BaseModel):
         both = self.sparse_cache_size, self.recent_size
         if all(isinstance(x, int) for x in both):
             return (self,)
-        own = [_of_layer(x, 0) for x in both]
+        own = [of_layer(x, 0) for x in both]
         heads = max(len(x) for x in own if isinstance(x, tuple))
         sizes, recents = ((x,) * heads if isinstance(x, int) else x for x in own)
         return tuple(
@@ -268,11 +238,6 @@ class LolaConfig(BaseModel):
             )
 
 
-def _of_layer(sizes: Sizes, index: int) -> int | tuple[int, ...]:
-    size = sizes if isinstance(sizes, int) else sizes[index]
-    return size if isinstance(size, int) or len(set(size)) > 1 else size[0]
-
-
 def _only(key: str, sizes: Sizes) -> int:
     """The number of a key that could be a list; raises `LolaConfigError` where it is one."""
     if isinstance(sizes, int):
@@ -337,12 +302,6 @@ def _explain(error: ValidationError) -> str:
             allowed = allowed.removeprefix("Value error, ")
             lines.append(f"lola_config.{name} = {fault['input']!r}: {allowed}")
     return "\n".join(lines)
-
-
-def explain_field(error: Exception) -> str:
-    """What transformers says of a field of `config.json`: its name, its value, and its type."""
-    found = re.search(r"Field '(\w+)' expected (.+), got \w+ \(value: (.+)\)", str(error))
-    return f"{found[1]} = {found[3]}: must be of type {found[2]}" if found else str(error)
 
 
 @dataclass(frozen=True)
@@ -424,7 +383,8 @@ class DecoderConfig(PreTrainedConfig):
             if not isinstance(value, dict):
                 raise LolaConfigError(f"lola_config = {value!r}: must be an object")
             value = {**self.__dict__.get("lola_config", {}), **value}
-            LolaConfig(**value)  # refuse bad values here, where the user's input is known
+            # Bad values are refused here, where the user's input is known, and checked once.
+            self.__dict__[_LOLA] = LolaConfig(**value)
         super().__setattr__(name, value)
 
     @property
@@ -490,7 +450,8 @@ class DecoderConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The parameters as `config.json` has them; `architectures` names vLLM's class."""
-        fields = {key: value for key, value in super().to_dict().items() if key != _FACTS}
+        own = _FACTS, _LOLA
+        fields = {key: value for key, value in super().to_dict().items() if key not in own}
         return {**fields, "architectures": [architecture_of(self, self.base_class.model_type)]}
 
     def to_json_string(self, use_diff: bool = True) -> str:
@@ -527,7 +488,8 @@ class DecoderConfig(PreTrainedConfig):
     @property
     def lola(self) -> LolaConfig:
         """The validated parameters."""
-        return LolaConfig(**self.lola_config)
+        found: LolaConfig = self.__dict__[_LOLA]
+        return found
 
 
 @functools.cache
@@ -559,33 +521,6 @@ def config_class(base_model_type: str) -> type[DecoderConfig]:
 
 # What is called with every class that `config_class` makes: a model for transformers to load.
 CLASS_HOOKS: list[Callable[[type[DecoderConfig]], None]] = []
-
-
-def windows_of(config: Any) -> tuple[int | None, ...]:
-    """`DecoderConfig.windows` of a decoder's config, a base's or a LoLA model's."""
-    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    if not types:
-        return (window or None,) * config.num_hidden_layers
-    return tuple(window if kind == SLIDING_ATTENTION else None for kind in types)
-
-
-def architecture_of(config: Any, base_model_type: str) -> str:
-    """The name of vLLM's class for a base, by the base's config or by that of its LoLA model."""
-    if base_model_type in LLAMA_TYPES and not any(windows_of(config)):
-        return LLAMA_ARCHITECTURE
-    experts = ("num_experts", "num_local_experts", "n_routed_experts")
-    return MOE_ARCHITECTURE if any(getattr(config, x, None) for x in experts) else ARCHITECTURE
-
-
-def base_type_of(raw: Mapping[str, Any]) -> str:
-    """The base's model type that a LoLA model's `config.json` names.
-
-    Files of before other decoders than these had switches, and the model type "lola_llama".
-    """
-    if raw.get("model_type") == OLD_MODEL_TYPE:
-        bias = raw.get("qkv_bias") and not raw.get("attention_bias")
-        return "qwen3" if raw.get("qk_norm") else "qwen2" if bias else "llama"
-    return str(raw.get("base_model_type"))
 
 
 def _restore(base_model_type: str, fields: dict[str, Any]) -> DecoderConfig:

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from lola_vllm.core.cli_options import sparse_cache
-from lola_vllm.core.config import LOLA_TYPES, DecoderConfig, default_context_shift, heads_divide
-from lola_vllm.core.state import LayerLayout, SequenceLayout
+from lola_vllm.core.config import DecoderConfig, default_context_shift, heads_divide
+from lola_vllm.core.layers import layer_layouts
+from lola_vllm.core.model_types import LOLA_TYPES
+from lola_vllm.core.state import SequenceLayout
 from lola_vllm.models.base import config_of, lola_fields
 from lola_vllm.models.families import check_base
 from lola_vllm.models.files import CheckpointError, read_json
@@ -126,19 +128,8 @@ def estimate(
             f"state heads cannot be divided among so many ranks; use a divisor of {kv_heads}"
         )
     lola.check_ranks(ranks, kv_heads, state_heads)
-    layers = (
-        LayerLayout.from_config(
-            parameters,
-            num_kv_heads=max(1, kv_heads // ranks),
-            num_state_heads=max(1, facts.num_state_heads // ranks),
-            head_dim=config.head_dim,
-            feature_dim=facts.feature_dim,
-            kv_dtype=getattr(torch, dtype),
-            importance=facts.importance,
-        )
-        for parameters, facts in map(config.for_layer, range(config.num_hidden_layers))
-    )
-    return Estimate(config, SequenceLayout(tuple(layers)))
+    layers = layer_layouts(config, getattr(torch, dtype), ranks)
+    return Estimate(config, SequenceLayout(layers))
 
 
 def format_table(result: Estimate, memory_gib: float | None = None) -> str:

@@ -114,7 +114,7 @@ class Run:
     def __init__(self, model: Any) -> None:
         from transformers import DynamicCache
 
-        from lola_vllm.core.config import MODEL_TYPE
+        from lola_vllm.core.model_types import MODEL_TYPE
         from lola_vllm.engine.hf import LolaCache
 
         self._model = model

@@ -42,7 +42,7 @@ class Setting:
     @property
     def is_lola(self) -> bool:
         """Whether the model is a LoLA checkpoint."""
-        from lola_vllm.core.config import LOLA_TYPES
+        from lola_vllm.core.model_types import LOLA_TYPES
 
         return self.config.get("model_type") in LOLA_TYPES
 

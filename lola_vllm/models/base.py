@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lola_vllm.core.config import (
-    MODEL_TYPE,
     SEVERAL_TABLES,
     DecoderConfig,
     LolaConfig,
     LolaConfigError,
-    architecture_of,
     default_context_shift,
-    explain_field,
 )
+from lola_vllm.core.model_types import MODEL_TYPE, architecture_of, explain_field
 from lola_vllm.models.families import BASE_NAMES, check_base
 from lola_vllm.models.files import (
     INDEX_NAME,

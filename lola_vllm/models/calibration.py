@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lola_vllm.core.config import LOLA_TYPES, DecoderConfig
+from lola_vllm.core.config import DecoderConfig
+from lola_vllm.core.model_types import LOLA_TYPES
 from lola_vllm.models.files import (
     INDEX_NAME,
     CheckpointError,

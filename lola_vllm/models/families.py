@@ -36,7 +36,7 @@ def _why_not(path: Path, raw: dict[str, Any]) -> str | None:
     """Why LoLA cannot stand in for a decoder's attention, with what works; None: it can."""
     from transformers import CONFIG_MAPPING
 
-    from lola_vllm.core.config import LLAMA_TYPES, LOLA_TYPES
+    from lola_vllm.core.model_types import LLAMA_TYPES, LOLA_TYPES
 
     kind = raw.get("model_type")
     if not isinstance(kind, str):
@@ -53,7 +53,7 @@ def _own_config(path: Path, raw: dict[str, Any]) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
-    from lola_vllm.core.config import explain_field
+    from lola_vllm.core.model_types import explain_field
 
     try:
         return CONFIG_MAPPING[raw["model_type"]].from_dict(dict(raw))
@@ -62,7 +62,7 @@ def _own_config(path: Path, raw: dict[str, Any]) -> Any:
 
 
 def _of_config(config: Any) -> str | None:
-    from lola_vllm.core.config import FULL_ATTENTION, SLIDING_ATTENTION, windows_of
+    from lola_vllm.core.model_types import FULL_ATTENTION, SLIDING_ATTENTION, windows_of
 
     if config.get_text_config() is not config:
         return "it reads more than text; a model of its text_config alone may work"

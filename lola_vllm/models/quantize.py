@@ -63,7 +63,7 @@ def quantize_checkpoint(source: Path, out: Path, weights: Weights, *, force: boo
     """
     from safetensors.torch import save_file
 
-    from lola_vllm.core.config import LLAMA_TYPES, LOLA_TYPES, base_type_of  # loads transformers
+    from lola_vllm.core.model_types import LLAMA_TYPES, LOLA_TYPES, base_type_of
 
     if weights not in get_args(Weights):
         raise CheckpointError(f"weights = {weights!r}: must be 'int8' or 'int4'")

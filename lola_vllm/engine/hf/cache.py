@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lola_vllm.core.config import DecoderConfig
+from lola_vllm.core.layers import layer_layout
 from lola_vllm.core.ops import (
     DecodeBatch,
     LayerState,
@@ -23,7 +24,7 @@ from lola_vllm.core.ops import (
 )
 from lola_vllm.core.ops.compose import ComposeError, Composer
 from lola_vllm.core.ops.sliding import ops_of
-from lola_vllm.core.state import LayerLayout, SequenceLayout
+from lola_vllm.core.state import SequenceLayout
 from lola_vllm.engine.hf.tokens import LolaModelError, NewTokens
 from lola_vllm.memory.sessions.cipher import StateKey
 from lola_vllm.memory.sessions.file import StateFileError, StateHeader, read_state, write_state
@@ -56,8 +57,8 @@ class LolaCacheLayer(CacheLayerMixin):
 
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
-        self.config = config
-        self.lola, self.facts = config.for_layer(index)
+        self.config, self.index = config, index
+        self.lola, _ = config.for_layer(index)
         self.query_hook: Callable[[Tensor], None] | None = None
         self.reset()
 
@@ -71,23 +72,11 @@ class LolaCacheLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate pages for keys and values `[B, Q, Hkv, d]`. They need no clearing."""
-        batch, _, heads, size = key_states.shape
-        self.allocate(batch, heads, size, key_states.dtype, key_states.device)
+        self.allocate(len(key_states), key_states.dtype, key_states.device)
 
-    def allocate(
-        self, batch: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        """Allocate a page per row, for keys and values `[num_kv_heads, head_dim]` of `dtype`."""
-        facts = self.facts
-        self.layout = LayerLayout.from_config(
-            self.lola,
-            num_kv_heads=num_kv_heads,
-            num_state_heads=facts.num_state_heads,
-            head_dim=head_dim,
-            feature_dim=facts.feature_dim,
-            kv_dtype=dtype,
-            importance=facts.importance,
-        )
+    def allocate(self, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocate a page per row, for keys and values of a dtype."""
+        self.layout = layer_layout(self.config, self.index, dtype)
         self.ops = ops_of(self.layout, choose_backend(device.type, dtype), device.type)
         self.num_tokens = torch.zeros(batch, dtype=torch.int64)
         self.pages = torch.empty(
@@ -272,8 +261,7 @@ class LolaCache(Cache):
             composed.layers, read[0].layers, sequence.pages(row[None]), strict=True
         ):
             layout, device = like.layout.pages[0], _pages(like).device
-            heads = like.layout.num_kv_heads
-            layer.allocate(1, heads, layout.head_dim, layout.kv_dtype, device)
+            layer.allocate(1, layout.kv_dtype, device)
             _pages(layer)[1:] = page
             layer.num_tokens[:] = layer.num_columns = n
         return composed
@@ -347,11 +335,10 @@ class LolaCache(Cache):
         found = read_state(Path(path), key=key)
         cache = cls(config)
         cache.composed = found.header.composed is not None
-        heads, size = config.num_key_value_heads, config.head_dim
         # A dtype that torch has not is told as another one than the model's.
         dtype = getattr(torch, found.header.fingerprint.get("dtype", ""), torch.float32)
         for layer in cache.layers:
-            layer.allocate(1, heads, size, dtype, torch.device(device))
+            layer.allocate(1, dtype, torch.device(device))
         difference = cache._fingerprint().difference(found.header.fingerprint)
         if difference:
             raise StateFileError(Path(path), "foreign", difference)

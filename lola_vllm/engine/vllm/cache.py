@@ -20,6 +20,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.kv_cache_interface import MambaSpec
 
+from lola_vllm.core import layers
 from lola_vllm.core.config import DecoderConfig
 from lola_vllm.core.state import LayerLayout, SequenceLayout
 from lola_vllm.engine.vllm import compat
@@ -120,26 +121,13 @@ def row_bytes(vllm_config: VllmConfig) -> int:
 
 def layer_layouts(vllm_config: VllmConfig, tp_rank: int = 0) -> tuple[LayerLayout, ...]:
     """The pages of every layer of the model on one tensor-parallel rank."""
-    config = lola_hf_config(vllm_config)
-    kv_heads = config.num_key_value_heads
-    kv_dtype = vllm_config.model_config.dtype
+    config, kv_dtype = lola_hf_config(vllm_config), vllm_config.model_config.dtype
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     assert isinstance(kv_dtype, torch.dtype)  # vLLM has resolved "auto" and other names
-    tp_size = vllm_config.parallel_config.tensor_parallel_size
-    config.lola.check_heads(config.num_attention_heads, kv_heads, config.facts.num_state_heads)
+    config.lola.check_heads(heads, kv_heads, config.facts.num_state_heads)
     config.check_sizes()
-    return tuple(
-        LayerLayout.from_config(
-            lola,
-            num_kv_heads=max(1, kv_heads // tp_size),
-            num_state_heads=max(1, facts.num_state_heads // tp_size),
-            head_dim=config.head_dim,
-            feature_dim=facts.feature_dim,
-            kv_dtype=kv_dtype,
-            importance=facts.importance,
-            first_kv_head=tp_rank * kv_heads // tp_size,
-        )
-        for lola, facts in map(config.for_layer, range(config.num_hidden_layers))
-    )
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    return layers.layer_layouts(config, kv_dtype, ranks, tp_rank)
 
 
 def lola_hf_config(vllm_config: VllmConfig) -> DecoderConfig:

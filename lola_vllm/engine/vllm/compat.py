@@ -40,7 +40,8 @@ from typing import TYPE_CHECKING, Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from lola_vllm.core.config import FULL_ATTENTION, MODEL_TYPE, no_one_table
+from lola_vllm.core.config import no_one_table
+from lola_vllm.core.model_types import FULL_ATTENTION, MODEL_TYPE
 
 if TYPE_CHECKING:
     from torch import Tensor

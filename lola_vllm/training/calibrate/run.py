@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lola_vllm.core.config import windows_of
+from lola_vllm.core.model_types import windows_of
 from lola_vllm.engine.hf.attention import order_heads
 from lola_vllm.models.base import read_base_config
 from lola_vllm.models.files import CheckpointError, open_weights, weight_files
