@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from lola_vllm.models.files import CheckpointError
 
@@ -41,7 +41,12 @@ def settled(options: T, given: Any, part: str = "") -> T:
         CheckpointError: no object, an unknown key, or a value of another kind than the option's.
     """
     own = {item.name: getattr(options, item.name) for item in fields(cast(Any, options))}
-    return type(options)(**own | _chosen(own, given, part))
+    chosen, types = _chosen(own, given, part), get_type_hints(type(options))
+    for key, value in chosen.items():
+        if get_origin(types[key]) is Literal and value not in get_args(types[key]):
+            allowed = ", ".join(get_args(types[key]))
+            raise CheckpointError(f"--recipe: {key} = {value!r}: must be one of {allowed}")
+    return type(options)(**own | chosen)
 
 
 def unknown_key(name: str, known: list[str]) -> CheckpointError:

@@ -16,8 +16,7 @@ from lola_vllm.memory.sessions.names import check_name
 
 # Tokens of an answer, unless told otherwise: without a bound, vLLM goes on to --max-model-len.
 MAX_TOKENS = 1024
-# How long the state at the end of a prompt is waited for after an answer was broken off.
-SETTLE_S = 2.0
+SETTLE_S = 2.0  # that the state of a message that was broken off is waited for
 
 
 class SessionPlace(NamedTuple):
@@ -72,7 +71,7 @@ class _Conversation:
 
     def __init__(self, server: Server, name: str, options: Mapping[str, Any], people: bool) -> None:
         self.server, self.name, self.options, self.people = server, name, options, people
-        self.broken: SessionPlace | None = None  # before the turn whose answer was broken off
+        self.broken = False  # whether the last answer was broken off
         found = server.find(name)
         self.at = (
             SessionPlace(0, None) if found is None else SessionPlace(found["turn"], found["tokens"])
@@ -85,9 +84,9 @@ class _Conversation:
 
     def say(self, text: str) -> None:
         """Print the answer to a message."""
-        if self.broken is not None:
+        if self.broken:
             self._follow()  # the server may have read that message since
-            self.broken = None
+            self.broken = False
         before = self.at
         body = {
             "messages": [{"role": "user", "content": text}],
@@ -102,7 +101,8 @@ class _Conversation:
             print()
             if not self.people:
                 raise
-            self._broken_off()
+            self.broken = True
+            _note("broken off")
             return
         told, usage = answer.told, answer.usage
         if not told.get("turn"):
@@ -123,35 +123,21 @@ class _Conversation:
         )
         self.at = SessionPlace(int(told["turn"]), int(told["tokens"]))
 
-    def _broken_off(self) -> None:
-        """Say what is left of a turn whose answer was broken off.
-
-        Where the server has read the message, it has the state at the end of the prompt, and none
-        of an answer that it was still making.
-        """
-        self.broken, deadline = self.at, time.monotonic() + SETTLE_S
-        kind = self._follow()
-        while kind is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-            kind = self._follow()
-        if kind is None:
-            _note("broken off; neither your message nor the answer is part of the memory")
-            return
-        text = "all of the answer is" if kind == "answer" else "the answer's text is not"
-        _note(
-            f"broken off; {text} part of the memory, your message is: turn {self.at.turn}, "
-            f"{self.at.tokens:,} tokens"
-        )
-
-    def _follow(self) -> str | None:
+    def _follow(self) -> None:
         """Take the place of the turn that was broken off, if it is stored: where its last state
         was taken. No other turn is taken: the server refuses to go on, and says why."""
-        assert self.broken is not None
-        found = self.server.find(self.name)
-        if found is None or found["turn"] != self.broken.turn + 1:
-            return None
+        deadline, following = time.monotonic() + SETTLE_S, self.at.turn + 1
+        while (found := self.server.find(self.name)) is None or found["turn"] != following:
+            if time.monotonic() > deadline:
+                _note("the message that was broken off is not part of the memory")
+                return
+            time.sleep(0.05)
         self.at = SessionPlace(found["turn"], found["tokens"])
-        return str(found["states"][-1]["kind"])
+        answer = "all of the answer" if found["states"][-1]["kind"] == "answer" else "no answer"
+        _note(
+            f"the message that was broken off is part of the memory, and {answer}: "
+            f"turn {self.at.turn}, {self.at.tokens:,} tokens"
+        )
 
 
 def _note(text: str) -> None:

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +16,12 @@ from lola_vllm.command.client import ClientError
 from lola_vllm.command.client.chat import MAX_TOKENS, chat
 from lola_vllm.command.client.options import Verb, add_verbs, server_of
 from lola_vllm.command.client.terminal import harmless, print
-from lola_vllm.memory.sessions.names import is_unnamed
 
 if TYPE_CHECKING:
     from lola_vllm.command.client.server import Server
 
 _NAME = "a session, as agent-7"
 _REFERENCE = "a session or a turn of it, as agent-7 or agent-7@3"
-_SUFFIX = ".lola.safetensors"
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -61,14 +59,8 @@ def add_sessions(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("fork", "another session that goes on from this one", _fork, session=_REFERENCE,
         to="name of the new session")  # fmt: skip
-    export = add("export", "write a session's state to a file, or those of all sessions", _export)
-    export.add_argument("session", nargs="?", metavar="SESSION", help=_REFERENCE)
-    export.add_argument("file", nargs="?", metavar="FILE", help="a new file")
-    export.add_argument("--rank", type=int, default=0, metavar="N", help="of several (default: 0)")
-    export.add_argument(
-        "--all", type=Path, metavar="DIR",
-        help="instead of a session: a file for each session and rank, in this directory",
-    )  # fmt: skip
+    add("export", "write a session's state to a new file, a file for each rank", _export,
+        session=_REFERENCE, file="of rank 0; others have their number behind")  # fmt: skip
     add("import", "store a state from a file, where the operator allows it", _import,
         file="as export wrote it", session="name of the new session")  # fmt: skip
     rm = add("rm", "delete a session, a turn of it, or many sessions", _rm)
@@ -143,34 +135,12 @@ def _fork(server: Server, args: argparse.Namespace) -> None:
 
 
 def _export(server: Server, args: argparse.Namespace) -> None:
-    if args.all is not None:
-        if args.session is not None:
-            raise ClientError(f"--all {args.all}: exports every session; leave {args.session} out")
-        args.all.mkdir(parents=True, exist_ok=True)
-        _each(server.sessions(), "written", lambda one: _export_all(server, one, args.all))
-        return
-    if args.session is None or args.file is None:
-        raise ClientError("name a session and a new file, or all sessions with --all DIR")
-    print(f"{args.file}: {server.state(args.session, Path(args.file), args.rank).bytes:,} bytes")
-
-
-def _export_all(server: Server, name: str, directory: Path) -> str:
-    try:
-        written = server.state(name, directory / f"{name}{_SUFFIX}")
-    except ClientError as error:
-        # The server keeps what nobody named in memory (--lola-store named), so it has no file.
-        if is_unnamed(name) and "is in memory only" in str(error):
-            return "passed over: without a name it is in memory only"
-        raise
+    file = Path(args.file)
+    written = server.state(args.session, file)
     size = written.bytes
     for rank in range(1, written.ranks):
-        size += server.state(
-            name, directory / f"{name}.{rank}of{written.ranks}{_SUFFIX}", rank
-        ).bytes
-    if written.ranks > 1:
-        first = directory / f"{name}{_SUFFIX}"
-        first.replace(directory / f"{name}.0of{written.ranks}{_SUFFIX}")
-    return f"{size:,} bytes"
+        size += server.state(args.session, file.with_name(f"{file.name}.{rank}"), rank).bytes
+    print(f"{file}: {size:,} bytes, ranks: {written.ranks}")
 
 
 def _import(server: Server, args: argparse.Namespace) -> None:
@@ -198,7 +168,7 @@ def _rm(server: Server, args: argparse.Namespace) -> None:
         pinned = sum(one["pinned"] for one in found)
         also = f", of which {pinned} pinned" if pinned else ""
         _confirm(f"delete {len(found)} sessions{also} of {server.url}?")
-    _each(found, "deleted", server.delete)
+    _delete_each(server, [one["session"] for one in found])
 
 
 def _confirm(question: str) -> None:
@@ -213,28 +183,23 @@ def _confirm(question: str) -> None:
         raise ClientError("nothing was deleted")
 
 
-def _each(sessions: Sequence[Mapping[str, Any]], done: str, act: Callable[[str], str]) -> None:
-    """Do the same with each session, and go on after a refusal.
-
-    Args:
-        done: what happens to a session, for messages. act: takes a name; returns what to say.
+def _delete_each(server: Server, names: Sequence[str]) -> None:
+    """Delete sessions, and go on after a refusal.
 
     Raises:
         ClientError: some were refused; the message has the reason of the first.
     """
     refused: list[str] = []
-    for name in (one["session"] for one in sessions):
+    for name in names:
         try:
-            print(f"{name}: {act(name)}", flush=True)
+            print(f"{name}: {server.delete(name)}", flush=True)
         except ClientError as error:
             if error.status is None:
                 raise
             if error.status != HTTPStatus.NOT_FOUND:  # else it has gone since, with another one
                 refused.append(f"{name}: {error}")
     if refused:
-        raise ClientError(
-            f"{len(refused)} of {len(sessions)} sessions are not {done}; {refused[0]}"
-        )
+        raise ClientError(f"{len(refused)} of {len(names)} sessions are not deleted; {refused[0]}")
 
 
 def table(rows: list[tuple[Any, ...]]) -> None:

@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from lola_vllm.core.ops import (
     choose_backend,
     context_shift,
 )
-from lola_vllm.core.ops.compose import ComposeError, Composer
+from lola_vllm.core.ops.compose import ComposeError
 from lola_vllm.core.ops.sliding import ops_of
 from lola_vllm.core.state import SequenceLayout
 from lola_vllm.engine.hf.tokens import LolaModelError, NewTokens
@@ -32,15 +32,6 @@ from lola_vllm.memory.sessions.fingerprint import Fingerprint, model_fingerprint
 from lola_vllm.memory.sessions.names import check_name
 from lola_vllm.memory.sessions.prefix_hash import PrefixHashes, namespace, token_array
 from lola_vllm.models.schema import settle_facts
-
-
-class ComposingModel(Protocol):
-    """What `LolaCache.compose` asks of a model."""
-
-    config: DecoderConfig
-
-    def composer(self, sequence: SequenceLayout) -> Composer:
-        """What composes its states."""
 
 
 class LolaCacheLayer(CacheLayerMixin):
@@ -220,14 +211,14 @@ class LolaCache(Cache):
         return layer.num_tokens
 
     @classmethod
-    def compose(cls, caches: Sequence[LolaCache], model: ComposingModel) -> LolaCache:
+    def compose(cls, caches: Sequence[LolaCache], model: Any) -> LolaCache:
         """One cache of documents that were read apart, as if they stood one behind the other.
 
         `docs/algorithm.md`, section 8, says what is exact. The caches stay as they are.
 
         Args:
             caches: of one row each, in the order of the documents; empty ones are left out.
-            model: the one that has read them.
+            model: the `LolaForCausalLM` that has read them.
 
         Raises:
             LolaModelError: a cache of several rows, or of another model or dtype.

@@ -75,13 +75,10 @@ def finetune(
         CheckpointError: a training state of another run, one that cannot be written, adapters
             to begin with that do not fit, a loss that is not finite, or an `average` out of range.
     """
-    from accelerate import Accelerator
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
     set_seed(options.seed)
-    # Without its mixed precision, which is one for all runs of a process; see `_autocast`.
-    accelerator = Accelerator()
     lora = LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,
@@ -111,7 +108,6 @@ def finetune(
     rows = _in_order(parts, options.seed)
     steps = max(1, len(rows) // options.rows_per_step)
     mean = RunningMean(options.average, steps)
-    model, optimizer = accelerator.prepare(model, optimizer)
 
     configs = options.configs()
     losses: list[float] = []
@@ -140,7 +136,7 @@ def finetune(
                 )  # fmt: skip
                 # Gradient checkpointing computes activations again, with the same attention.
                 with lola_attention(model, config):
-                    accelerator.backward(loss / options.rows_per_step)
+                    (loss / options.rows_per_step).backward()
                 total += loss.item() / options.rows_per_step
                 bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
                 bar.update(len(tokens))

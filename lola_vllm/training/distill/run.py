@@ -68,7 +68,7 @@ def distill(
         load_importance,
         load_maps,
     )
-    from lola_vllm.training.distill.transfer import check_row_length
+    from lola_vllm.training.distill.transfer import check_row_length, transfer
 
     importance: dict[str, Tensor] = {}
     if calibration is not None:
@@ -92,7 +92,7 @@ def distill(
     work = work or default_work(out)
     open_work(work, resume=resume)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_base(base, _dtype(options.dtype)).to(device)
+    model = load_base(base, getattr(torch, options.dtype)).to(device)
     heads = {
         "kv": model.config.num_key_value_heads,
         "query": model.config.num_attention_heads,
@@ -127,7 +127,8 @@ def distill(
         first = rows(options.row_length, options.rows, options.seed).tokens
         print_ = fingerprint(base, options, [first, *importance.values()])
         if _saved(work / MAPS_NAME, print_) is None:
-            losses["transfer"] = _transfer(model, first, work, options, print_)
+            losses["transfer"] = transfer(model, first, work, options, fingerprint=print_)
+            _save(work / MAPS_NAME, all_maps(model), print_)
     load_maps(model, _saved(work / MAPS_NAME, print_) or {})
     lora = None
     if options.lora_rows:
@@ -196,17 +197,6 @@ def _with_sizes(options: DistillOptions, sizes: Mapping[str, Any], path: Path) -
     return replace(options, lola_config={**options.lola_config, **sizes})
 
 
-def _transfer(
-    model: Any, rows: Tensor, work: Path, options: DistillOptions, print_: str
-) -> list[list[float]]:
-    from lola_vllm.training.distill.student import all_maps
-    from lola_vllm.training.distill.transfer import transfer
-
-    losses = transfer(model, rows, work, options, fingerprint=print_)
-    _save(work / MAPS_NAME, all_maps(model), print_)
-    return losses
-
-
 def _write(
     base: Path,
     maps: Path,
@@ -247,14 +237,6 @@ def fingerprint(
     for tensor in tensors:
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    if name not in ("float32", "bfloat16"):
-        raise CheckpointError(f"dtype = {name!r}: must be float32 or bfloat16")
-    return getattr(torch, name)
 
 
 def _saved(path: Path, print_: str) -> dict[str, Tensor] | None:

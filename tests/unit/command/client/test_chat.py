@@ -106,9 +106,9 @@ class Screen(io.StringIO):
 @pytest.mark.parametrize(
     ("end", "note", "place"),
     [
-        ("hangs", "the answer's text is not part of the memory, your message is: turn 4", (4, 40)),
-        ("unread", "neither your message nor the answer is part of the memory", (3, 30)),
-        ("kept", "all of the answer is part of the memory, your message is: turn 4", (4, 43)),
+        ("hangs", "is part of the memory, and no answer: turn 4", (4, 40)),
+        ("unread", "is not part of the memory", (3, 30)),
+        ("kept", "is part of the memory, and all of the answer: turn 4", (4, 43)),
     ],
 )
 def test_what_is_left_of_an_answer_that_was_broken_off(script, say, monkeypatch, end, note, place):
@@ -116,9 +116,10 @@ def test_what_is_left_of_an_answer_that_was_broken_off(script, say, monkeypatch,
     script.answers = [(["a", "b", "c"], end), (["d"], "stop")]
     monkeypatch.setattr("sys.stdout", Screen())
     monkeypatch.setattr("io.StringIO", Keyboard)
+    monkeypatch.setattr("lola_vllm.command.client.chat.SETTLE_S", 0.5)
     status, _, notes = say("x\ny\n")
     assert status == 0 and script.left.wait(LIMIT_S)
-    assert f"[broken off; {note}" in notes
+    assert "[broken off]" in notes and f"[the message that was broken off {note}" in notes
     assert (script.bodies[1]["turn"], script.bodies[1]["tokens"]) == place
 
 

@@ -446,6 +446,7 @@ def test_importance_is_fitted_to_the_models_own_pairs(
         ),
         ({"facts": 0}, "hardly a document of"),
         ({"fact": 0}, "unknown key 'fact'; did you mean 'facts'?"),
+        ({"dtype": "int8"}, "dtype = 'int8': must be one of float32, bfloat16"),
     ],
 )
 def test_bad_options_are_named(
