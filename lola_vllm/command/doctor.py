@@ -297,13 +297,7 @@ def check_model(model: Path) -> Iterator[Finding]:
     from lola_vllm.core.model_types import LOLA_TYPES
     from lola_vllm.models.base import parse_config
     from lola_vllm.models.files import CheckpointError, read_json, read_shapes, weight_files
-    from lola_vllm.models.schema import (
-        LOLA_TENSORS,
-        base_left_out,
-        check_tensors,
-        expected_tensors,
-        settle_facts,
-    )
+    from lola_vllm.models.schema import check_tensors, expected_tensors, settle_facts
 
     try:
         raw = read_json(model / "config.json")
@@ -315,12 +309,8 @@ def check_model(model: Path) -> Iterator[Finding]:
         if not weight_files(model):
             raise CheckpointError(f"{model}: no safetensors files there")
         settle_facts(config, model)
-        expected, shapes = expected_tensors(config), read_shapes(model)
-        found = dict(base_left_out(config, shapes))
-        if "quantization_config" in raw:  # packed weights have names and shapes of their own
-            expected = {k: v for k, v in expected.items() if k.endswith(LOLA_TENSORS)}
-            found = {k: v for k, v in found.items() if k.endswith(LOLA_TENSORS)}
-        check_tensors(expected, found)
+        shapes = read_shapes(model)
+        check_tensors(expected_tensors(config), shapes)
     except (ValueError, OSError) as error:
         remedy = (
             "give the directory of a LoLA model, copy it again from where it came from, or make "

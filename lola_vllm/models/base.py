@@ -31,10 +31,8 @@ from lola_vllm.models.remote_code import AUTO_MAP, write_remote_code
 from lola_vllm.models.schema import (
     OUTPUT_PROJECTIONS,
     Shape,
-    base_left_out,
     check_tensors,
     expected_tensors,
-    is_ours,
 )
 
 if TYPE_CHECKING:
@@ -132,22 +130,6 @@ def with_context_shift(base: DecoderConfig, lola_config: Mapping[str, Any]) -> d
     return keys
 
 
-def check_base_weights(base: Path, expected: Mapping[str, Shape]) -> None:
-    """Check the base's tensors, all but LoLA's own, against `expected`, from the headers alone.
-
-    Raises:
-        CheckpointError: no safetensors files, or tensors that do not fit.
-    """
-    if not weight_files(base):
-        raise CheckpointError(
-            f"{base}: no safetensors files; convert other formats with save_pretrained first"
-        )
-    ours = {name: shape for name, shape in expected.items() if is_ours(name)}
-    if len(ours) == len(expected):  # the base's own tensors are its loader's to check
-        return
-    check_tensors(expected, {**read_shapes(base), **ours})
-
-
 def write_checkpoint(
     base: Path,
     out: Path,
@@ -164,18 +146,19 @@ def write_checkpoint(
         layer_maps, change: as for `_write_weights`; `layer_maps` is given the expected tensors too.
 
     Raises:
-        CheckpointError: tensors of the base that do not fit, or a file that cannot be written.
+        CheckpointError: a base without layers that the config speaks of, or a file that cannot be
+            written.
     """
     expected = expected_tensors(config)
-    # The base is checked before gigabytes are copied, and the result before it is moved to `out`.
-    check_base_weights(base, expected)
+    if not weight_files(base):
+        raise CheckpointError(
+            f"{base}: no safetensors files; convert other formats with save_pretrained first"
+        )
     write_json(out / "config.json", {**config_json, "auto_map": AUTO_MAP})
     write_remote_code(out)
     copy_companions(base, out)
-    _write_weights(
-        base, out, expected, lambda prefix, dtype: layer_maps(prefix, dtype, expected), change
-    )
-    check_tensors(expected, base_left_out(config, read_shapes(out)))
+    _write_weights(base, out, lambda prefix, dtype: layer_maps(prefix, dtype, expected), change)
+    check_tensors(expected, read_shapes(out))  # before it is moved to its place
 
 
 def copy_companions(base: Path, out: Path) -> None:
@@ -191,15 +174,12 @@ def copy_companions(base: Path, out: Path) -> None:
 def _write_weights(
     base: Path,
     out: Path,
-    expected: Mapping[str, Shape],
     layer_maps: Callable[[str, torch.dtype], dict[str, Tensor]],
     change: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
     """Copy the base's files one by one; a layer's maps go into the file with its output projection.
 
     Args:
-        expected: of a Llama: the tensors to take; others (buffers, a tied lm_head) are left out.
-            Of other bases: LoLA's tensors, and all of the base's are taken.
         layer_maps: LoLA's tensors of a layer, from the prefix of their names and a dtype.
         change: from a name and a tensor of the base to the tensor to write; default: no change.
 
@@ -211,13 +191,10 @@ def _write_weights(
 
     weight_map: dict[str, str] = {}
     total_size = 0
-    everything = all(map(is_ours, expected))
     for path in weight_files(base):
         with open_weights(path) as source:
             tensors: dict[str, Tensor] = {}
             for name in source.keys():  # noqa: SIM118 (safe_open has no __iter__)
-                if not everything and name not in expected:
-                    continue
                 tensor = source.get_tensor(name)
                 tensors[name] = change(name, tensor) if change else tensor
                 if output := _OUTPUT.fullmatch(name):

@@ -1,7 +1,7 @@
-"""Names and shapes of a LoLA checkpoint's tensors, for writing and for loading.
+"""Names and shapes of LoLA's tensors in a checkpoint, for writing and for loading.
 
-A LoLA checkpoint is a Hugging Face Llama (or a decoder that differs from it by biases of q, k, v or
-by norms of q and k) plus three tensors per layer under `model.layers.{i}.self_attn.`:
+A LoLA checkpoint has the base's tensors, which are its loader's to check, and three tensors per
+layer that does not slide, under `model.layers.{i}.self_attn.`:
 `feature_map_q [Hq, d, F]`, `feature_map_k [Hs, d, F]` and `window_factors [Hq]` (before the
 sigmoid). A fourth, `importance [Hkv, d // 2 + d + 1]`, is there where `lola-vllm calibrate` has
 fitted it. What the tensors say of themselves, `TensorFacts`, is not repeated in `config.json`.
@@ -23,8 +23,6 @@ OUTPUT_PROJECTIONS = ("o_proj", "dense", "out_proj")  # what families call it in
 WINDOW_FACTOR_INIT = -2.1972245773362196  # sigmoid of it is 0.1, where LoLCATs starts training
 
 _SHOWN = 10  # faults of a kind that a message lists
-_BUFFER = ".rotary_emb.inv_freq"  # old Llama checkpoints store this; it follows from the config
-_LM_HEAD = "lm_head.weight"
 IMPORTANCE = ".self_attn.importance"
 _KEY_MAP = ".self_attn.feature_map_k"
 
@@ -32,24 +30,18 @@ Shape = tuple[int, ...]
 
 
 def expected_tensors(config: DecoderConfig) -> dict[str, Shape]:
-    """Every tensor that a checkpoint of this config must have, in the order of the layers; of a
-    base that is no Llama (`DecoderConfig.is_llama`) LoLA's own tensors, which sliding layers have
-    none of.
+    """Shapes of LoLA's tensors by name, in the order of the layers.
 
     Args:
-        config: the whole `config.json`; `head_dim` counts, not `hidden_size / num_attention_heads`.
-            Its `facts` say what LoLA's tensors are like.
-
-    Returns:
-        Shape per tensor name. `lm_head.weight` is left out where embeddings are tied.
+        config: whose `facts` say what the tensors are like; `head_dim` counts, not
+            `hidden_size / num_attention_heads`.
 
     Raises:
         LolaConfigError: Hkv does not divide Hs, or Hs does not divide Hq.
     """
     from lola_vllm.core.config import importance_size  # here: it loads transformers
 
-    facts = config.facts
-    hidden, inner, d = config.hidden_size, config.intermediate_size, config.head_dim
+    facts, d = config.facts, config.head_dim
     Hq, Hkv, F = config.num_attention_heads, config.num_key_value_heads, facts.feature_dim
     config.lola.check_heads(Hq, Hkv, facts.num_state_heads)
     maps: dict[str, Shape] = {
@@ -58,44 +50,12 @@ def expected_tensors(config: DecoderConfig) -> dict[str, Shape]:
         "self_attn.window_factors": (Hq,),
         **({"self_attn.importance": (Hkv, importance_size(d))} if facts.importance else {}),
     }
-    if not config.is_llama:
-        return {
-            f"model.layers.{i}.{name}": shape
-            for i, window in enumerate(config.windows)
-            for name, shape in maps.items()
-            if window is None
-        }
-
-    mlp_bias = getattr(config, "mlp_bias", False)
-    linears = {
-        "self_attn.q_proj": ((Hq * d, hidden), config.qkv_bias),
-        "self_attn.k_proj": ((Hkv * d, hidden), config.qkv_bias),
-        "self_attn.v_proj": ((Hkv * d, hidden), config.qkv_bias),
-        "self_attn.o_proj": ((hidden, Hq * d), getattr(config, "attention_bias", False)),
-        "mlp.gate_proj": ((inner, hidden), mlp_bias),
-        "mlp.up_proj": ((inner, hidden), mlp_bias),
-        "mlp.down_proj": ((hidden, inner), mlp_bias),
+    return {
+        f"model.layers.{i}.{name}": shape
+        for i, window in enumerate(config.windows)
+        for name, shape in maps.items()
+        if window is None
     }
-    layer: dict[str, Shape] = {}
-    for name, (shape, has_bias) in linears.items():
-        layer[f"{name}.weight"] = shape
-        if has_bias:
-            layer[f"{name}.bias"] = shape[:1]
-    if config.qk_norm:
-        layer |= {"self_attn.q_norm.weight": (d,), "self_attn.k_norm.weight": (d,)}
-    layer |= {
-        **maps,
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-    }
-
-    tensors: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-    for i in range(config.num_hidden_layers):
-        tensors |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-    tensors["model.norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        tensors[_LM_HEAD] = (config.vocab_size, hidden)
-    return tensors
 
 
 def read_facts(model: str | Path, revision: str | None = None) -> TensorFacts | None:
@@ -163,20 +123,8 @@ def is_ours(name: str) -> bool:
     return name.endswith((*LOLA_TENSORS, IMPORTANCE))
 
 
-def base_left_out(
-    config: DecoderConfig, found: Mapping[str, Sequence[int]]
-) -> Mapping[str, Sequence[int]]:
-    """The tensors that `expected_tensors` speaks of: all of a Llama, else LoLA's own."""
-    if config.is_llama:
-        return found
-    return {name: shape for name, shape in found.items() if is_ours(name)}
-
-
 def check_tensors(expected: Mapping[str, Shape], found: Mapping[str, Sequence[int]]) -> None:
-    """Raise unless `found` has exactly the expected tensors in the expected shapes.
-
-    Ignored in `found`: `rotary_emb.inv_freq` buffers, `lm_head.weight` where embeddings are tied
-    (that is, where it is not expected).
+    """Raise unless LoLA's tensors in `found` are the expected ones in the expected shapes.
 
     Args:
         expected: what `expected_tensors` returned.
@@ -186,11 +134,7 @@ def check_tensors(expected: Mapping[str, Shape], found: Mapping[str, Sequence[in
         CheckpointError: names what is missing, unexpected and of a wrong shape.
     """
     missing = [name for name in expected if name not in found]
-    unexpected = [
-        name
-        for name in found
-        if name not in expected and name != _LM_HEAD and not name.endswith(_BUFFER)
-    ]
+    unexpected = [name for name in found if is_ours(name) and name not in expected]
     wrong = [
         f"{name}: found {list(found[name])}, expected {list(shape)}"
         for name, shape in expected.items()

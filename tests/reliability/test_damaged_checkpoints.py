@@ -62,14 +62,17 @@ DAMAGES = {
     "nan-in-a-gate": (put(GATES, torch.nan), [GATES, "not finite"]),
     "maps-of-another-model": (
         lambda directory: edit(directory, lambda t: t.update({MAP: torch.ones(4, 16, 8)})),
-        [MAP, "number of state heads"],
+        [MAP, "wrong shape"],
     ),
     "no-gates": (
         lambda directory: edit(directory, lambda t: t.pop(GATES)), ["missing", GATES],
     ),
     "an-extra-tensor": (
         lambda directory: edit(directory, lambda t: t.update(extra=torch.ones(1))),
-        ["extra", "unexpected"],
+        ["extra"],
+    ),
+    "queries-of-another-model": (
+        lambda directory: edit(directory, lambda t: t.update({Q: torch.ones(8, 8)})), [Q],
     ),
 }  # fmt: skip
 

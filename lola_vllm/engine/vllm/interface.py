@@ -60,22 +60,40 @@ def load_strictly(
     weights: Iterable[Named],
     vllm_config: VllmConfig,
 ) -> set[str]:
-    """Load a checkpoint. The base's own tensors are checked here where the base is a Llama
-    (`DecoderConfig.is_llama`), else by vLLM's loader.
+    """Load a checkpoint. LoLA's tensors are checked here, and the base's by vLLM's loader.
 
     Args:
         load: vLLM's own `load_weights` of the model.
 
     Raises:
-        CheckpointError: tensors missing, unexpected, of the wrong shape, or not finite.
+        CheckpointError: a tensor that vLLM cannot take or that is not finite, or LoLA's tensors
+            missing, unexpected or of the wrong shape.
     """
     expected = expected_tensors(lola_hf_config(vllm_config))
-    quantized = vllm_config.quant_config is not None
-    found: dict[str, tuple[int, ...]] = {}
-    packed: set[str] = set()
-    loaded = load(_good_tensors(weights, expected, found, packed if quantized else None))
-    check_tensors({n: s for n, s in expected.items() if not _is_packed(n, found, packed)}, found)
-    if quantized and (unset := dict(model.named_parameters()).keys() - loaded):
+    found: dict[str, tuple[int, ...]] = {}  # of LoLA's, so that all faults are told together
+    latest = ""
+
+    def good() -> Iterator[Named]:
+        nonlocal latest
+        for name, tensor in weights:
+            latest = name
+            values = tensor.float() if tensor.itemsize == 1 else tensor  # float8 cannot be asked
+            if tensor.is_floating_point() and not bool(values.isfinite().all()):
+                raise CheckpointError(f"{name}: holds values that are not finite (NaN or infinity)")
+            if is_ours(name):
+                found[name] = tuple(tensor.shape)
+            if not is_ours(name) or expected.get(name) == found[name]:
+                yield name, tensor
+
+    try:
+        loaded = load(good())
+    except CheckpointError:
+        raise
+    except Exception as error:  # of vLLM's loaders, some without the tensor's name
+        raise CheckpointError(f"{latest}: cannot be loaded ({error})") from error
+    check_tensors(expected, found)
+    unset = dict(model.named_parameters()).keys() - loaded
+    if vllm_config.quant_config is not None and unset:
         # Some formats leave parameters at their defaults, so this alone is no fault.
         logger.warning("The quantized checkpoint does not set: %s", ", ".join(sorted(unset)))
     if current_platform.is_cpu() and vllm_config.model_config.dtype == torch.float32:
@@ -84,37 +102,3 @@ def load_strictly(
         if isinstance(module, LolaAttention):
             module.weights_changed()
     return loaded
-
-
-def _is_packed(name: str, found: dict[str, tuple[int, ...]], packed: set[str]) -> bool:
-    """Whether a quantized checkpoint has this weight in another form."""
-    return name not in found and name.endswith(".weight") and name.rpartition(".")[0] in packed
-
-
-def _good_tensors(
-    weights: Iterable[tuple[str, torch.Tensor]],
-    expected: dict[str, tuple[int, ...]],
-    found: dict[str, tuple[int, ...]],
-    packed: set[str] | None,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass on what can be loaded; refuse what is not finite at once.
-
-    Notes in `found` every shape, so that all faults of a checkpoint are reported together. A
-    quantized checkpoint has tensors of names and shapes of its own, which vLLM checks: `packed`
-    takes the names of their modules.
-    """
-    only_ours = all(map(is_ours, expected))
-    for name, tensor in weights:
-        values = tensor.float() if tensor.itemsize == 1 else tensor  # float8 cannot be asked
-        if tensor.is_floating_point() and not bool(values.isfinite().all()):
-            raise CheckpointError(f"{name}: holds values that are not finite (NaN or infinity)")
-        if only_ours and not is_ours(name):
-            yield name, tensor
-            continue
-        if packed is not None and (name not in expected or not tensor.is_floating_point()):
-            packed.add(name.rpartition(".")[0])
-            yield name, tensor
-            continue
-        found[name] = tuple(tensor.shape)
-        if expected.get(name) == found[name]:
-            yield name, tensor

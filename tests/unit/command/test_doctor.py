@@ -172,7 +172,7 @@ def spoil(model, **changes):
         (lambda m: (m / "config.json").write_text("{"), "not valid JSON"),
         (lambda m: spoil(m, model_type="bert"), "{m}: model_type is 'bert'"),
         (lambda m: spoil(m, vocab_size="x"), "vocab_size = 'x': must be of type int"),
-        (lambda m: spoil(m, vocab_size=7), "the tensors do not fit config.json"),
+        (lambda m: spoil(m, num_hidden_layers=2), "the tensors do not fit config.json"),
         (lambda m: (m / "model.safetensors").unlink(), "no safetensors files"),
         (lambda m: os.truncate(m / "model.safetensors", 900), "not a complete"),
     ],

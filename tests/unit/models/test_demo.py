@@ -43,7 +43,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_demo_model_is_a_lola_checkpoint(demo: Path) -> None:
     config = DecoderConfig.from_pretrained(demo / "lola")
     config.facts = TensorFacts(64, 3, importance=True)
-    assert read_shapes(demo / "lola") == expected_tensors(config)
+    assert expected_tensors(config).items() <= read_shapes(demo / "lola").items()
     sizes, importance = load_calibration(SMOLLM2.folder / "calibration.safetensors")
     pairs, recent = sizes["sparse_cache_size"], sizes["recent_size"]
     assert len(pairs) == len(recent) == 30 and {len(heads) for heads in pairs + recent} == {3}

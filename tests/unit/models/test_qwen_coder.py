@@ -68,7 +68,7 @@ def test_it_writes_code() -> None:
     assert config.max_position_embeddings == 32768
     assert config.rope_parameters["rope_theta"] == 1e6
     config.facts = TensorFacts(64, 2, importance=True)
-    assert read_shapes(lola) == expected_tensors(config)
+    assert expected_tensors(config).items() <= read_shapes(lola).items()
     sizes, _ = load_calibration(QWEN.folder / "calibration.safetensors")
     assert config.lola_config.items() >= {**sizes, **CALIBRATED}.items()
     plain = json.loads((base / "config.json").read_text())
