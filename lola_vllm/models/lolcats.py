@@ -173,11 +173,6 @@ def read_lora(path: Path, config: DecoderConfig, maps: Maps, linears: Mapping[st
     return Lora(pairs, _canonical(file, map_kinds), rank=shapes[f"{modules[0]}.lora_A"][0])
 
 
-def holds_lora(path: Path) -> bool:
-    """Whether a file has adapters in it."""
-    return _has_lora(_layer_tensors(path))
-
-
 def load_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.safetensors` file or of a `torch.save` file, memory-mapped where possible.
 
