@@ -9,11 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
-from prometheus_client.samples import Sample
+from prometheus_client import REGISTRY, CollectorRegistry, Gauge
 
 from lola_vllm.engine.vllm.connectors import has_store
 from lola_vllm.serving.engine import LolaEngine
@@ -38,16 +36,6 @@ GAUGES = {
 }
 
 
-class _Counter(Counter):
-    """A counter without the series of its creation time.
-
-    Prometheus' client can omit that series only for all metrics of a process, including vLLM's.
-    """
-
-    def _child_samples(self) -> Iterable[Sample]:
-        return [sample for sample in super()._child_samples() if sample.name != "_created"]
-
-
 class LolaMetrics:
     """The metrics of one API server."""
 
@@ -66,9 +54,7 @@ class LolaMetrics:
 
         self._gauges = {name: gauge(name, text) for name, text in GAUGES.items()}
         self._sessions = (
-            SessionMetrics(self._labels, make_counter=_Counter, registry=registry)
-            if has_store(engine.config)
-            else None
+            SessionMetrics(self._labels, registry=registry) if has_store(engine.config) else None
         )
         self._due = 0.0
         self._refreshing: asyncio.Task[None] | None = None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
+from prometheus_client.samples import Sample
 
 from lola_vllm.memory.sessions.orders import DISK, FAULTS, MEMORY
 
@@ -51,24 +52,31 @@ COUNTERS: dict[str, tuple[str, str | None, Read]] = {
 }
 
 
+class _Counter(Counter):
+    """A counter without the series of its creation time.
+
+    Prometheus' client can omit that series only for all metrics of a process, including vLLM's.
+    """
+
+    def _child_samples(self) -> Iterable[Sample]:
+        return [sample for sample in super()._child_samples() if sample.name != "_created"]
+
+
 class SessionMetrics:
     """The metrics of one API server.
 
     Args:
-        labels: of every series. make_gauge, make_counter: as `Gauge` and `Counter`, by name, help
-            and labels.
+        labels: of every series.
     """
 
     def __init__(
         self,
         labels: dict[str, str],
-        make_gauge: Callable[..., Gauge] = Gauge,
-        make_counter: Callable[..., Counter] = Counter,
         registry: CollectorRegistry = REGISTRY,
     ) -> None:
         self._labels = labels
         self._gauges = {
-            name: make_gauge(
+            name: Gauge(
                 f"lola:{name}",
                 text,
                 (*labels, *([label] if label else [])),
@@ -78,7 +86,7 @@ class SessionMetrics:
             for name, (text, label, _) in GAUGES.items()
         }
         self._counters = {
-            name: make_counter(
+            name: _Counter(
                 f"lola:{name}", text, (*labels, *([label] if label else [])), registry=registry
             )
             for name, (text, label, _) in COUNTERS.items()

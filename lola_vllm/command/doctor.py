@@ -19,10 +19,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-GIB = 2**30
 PROBE_LIMIT_S = 180
-# Memory of vLLM, torch and Python in three processes, without any weight.
-MIN_MEMORY = 3 * GIB
 
 # Runs in a separate process and reports on the heavy packages. It prints JSON line by line, so that
 # the lines before a failed import are kept.
@@ -89,7 +86,6 @@ def examine(model: Path | None = None) -> list[Finding]:
         *check_packages(probe),
         *check_plugin(probe, os.environ),
         *check_ops(probe),
-        *check_memory(),
     ]
     if model is not None:
         findings += check_model(model)
@@ -277,19 +273,6 @@ def _check_results(checks: Mapping[str, list[tuple[str, bool]]]) -> Iterator[Fin
             )
         else:
             yield Finding("ok", "self-check", f"{name} does as plain torch does:{table}")
-
-
-def check_memory() -> Iterator[Finding]:
-    """Free memory, for what a server takes before any weight."""
-    import psutil
-
-    free = psutil.virtual_memory().available
-    text = f"{free / GIB:.1f} GiB free"
-    if free < MIN_MEMORY:
-        remedy = f"free some: a server takes about {MIN_MEMORY / GIB:.0f} GiB beside the model"
-        yield Finding("fault", "memory", text, remedy)
-    else:
-        yield Finding("ok", "memory", text)
 
 
 def check_model(model: Path) -> Iterator[Finding]:

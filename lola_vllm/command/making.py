@@ -1,4 +1,4 @@
-"""The verbs that write a model: init, convert, distill, linearize, calibrate, quantize, demo-model."""
+"""The verbs that write a model, such as `lola-vllm convert`."""
 
 from __future__ import annotations
 

@@ -324,8 +324,8 @@ def _check(
         *report("wrong shape", wrong),
     ]
     if lines:
-        fit = "\n".join(filter(None, (hint, _describe_base(config))))
-        raise CheckpointError("\n".join([f"{file.path}: does not fit the base", *lines, fit]))
+        hints = [hint] if hint else []
+        raise CheckpointError("\n".join([f"{file.path}: does not fit the base", *lines, *hints]))
     for key, tensor in file.tensors.items():
         if not bool(tensor.isfinite().all()):
             raise CheckpointError(
@@ -335,11 +335,3 @@ def _check(
 
 def _fits(kind: str, found: Shape, shape: Shape) -> bool:
     return found == shape or (kind == FACTORS and found == (1, *shape, 1, 1))
-
-
-def _describe_base(config: DecoderConfig) -> str:
-    return (
-        f"the base has {config.num_hidden_layers} layers, {config.num_attention_heads} query heads "
-        f"of size {config.head_dim}, {config.num_key_value_heads} KV heads, hidden size "
-        f"{config.hidden_size}"
-    )

@@ -8,6 +8,7 @@ a sequence, from the text, and from the time given.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from lola_vllm.training.recipe import settled, unknown_key
 SCORED, RECENT = 49, 378
 # A pair for so many tokens of the trained length: a cache that holds most of it is no cache.
 LENGTH_PER_PAIR = 16
+MOST_PAIRS = 2**20  # of a KV head, whatever the memory
 # The demo model's smaller sparse cache in training. Larger ones need longer rows.
 MOST_FEW = 128
 # Tokens that the stages of the demo model read.
@@ -267,16 +269,9 @@ def pairs_in(base: Path, lola_config: Mapping[str, Any], memory_mib: float) -> i
             f"--memory {memory_mib:g}: window and hidden state alone take "
             f"{least / 2**20:.2f} MiB; give more"
         )
-    low, high = 1, 2
-    while state_bytes(base, lola_config, high) <= budget:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        if state_bytes(base, lola_config, middle) <= budget:
-            low = middle
-        else:
-            high = middle
-    return low
+    return bisect_right(
+        range(1, MOST_PAIRS), budget, key=lambda n: state_bytes(base, lola_config, n)
+    )
 
 
 def unlike(heads: int, layers: int, pairs: int) -> list[Any]:

@@ -253,14 +253,15 @@ def test_command_line(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert cli.main([*argv, "--lora", str(lora), *options]) == 0
     assert json.loads((out / "config.json").read_text())["lola_config"] == lola
     lines = capsys.readouterr().out.splitlines()
-    assert "LoLCATs feature maps" in lines[0] and "LoRA merged" in lines[0]
+    assert "LoLCATs feature maps" in lines[0]
+    assert "--lora-alpha 32" in (out / "README.md").read_text()
     assert cli.main(argv) == 2
     assert "--force" in capsys.readouterr().err
     assert cli.main([*argv, "--force"]) == 0
-    assert "LoRA" not in capsys.readouterr().out
+    assert "--lora-alpha" not in (out / "README.md").read_text()
     argv[4] = str(save(tmp_path / "both.bin", one_file_tensors()))
     assert cli.main([*argv, "--force"]) == 0
-    assert "LoRA merged" in capsys.readouterr().out
+    assert "--lora-alpha" in (out / "README.md").read_text()
 
 
 # ---- memory

@@ -46,7 +46,6 @@ def refused(base: Path, distill: object, lora: object = None, **options) -> str:
     return str(error.value)
 
 
-BASE_IS = "the base has 2 layers, 4 query heads of size 8, 2 KV heads, hidden size 24"
 LAYER = "model.layers.1.self_attn.feature_map_q.mlp.layer"
 SHAPED = "expected [4, 8, 6]"
 
@@ -64,8 +63,7 @@ def full_of_faults() -> State:
 DISTILL: dict[str, tuple[Callable[[], object], list[str]]] = {
     "a deeper model": (
         lambda: distill_tensors(layers=3),
-        ["distill.pt: does not fit the base\nunexpected (3):", LAYER.replace("1", "2"),
-         BASE_IS],
+        ["distill.pt: does not fit the base\nunexpected (3):", LAYER.replace("1", "2")],
     ),
     "more query heads": (
         lambda: distill_tensors(Hq=8, Hs=8),
@@ -125,7 +123,7 @@ def test_maps_of_another_model(base: Path, distill: Callable[[], object], words:
 @pytest.mark.parametrize(("lora", "words"), LORA.values(), ids=LORA)
 def test_lora_of_another_model(base: Path, lora: Callable[[], object], words: list[str]) -> None:
     message = refused(base, distill_tensors(), lora())
-    words = [*words, "lora.pt: does not fit the base", BASE_IS]
+    words = [*words, "lora.pt: does not fit the base"]
     assert [part for part in words if part not in message] == [], message
 
 
