@@ -76,7 +76,7 @@ def ask(llm, adapters, which, prompts=PROMPTS, **fields):
     return [list(o.outputs[0].token_ids) for o in outputs]
 
 
-# One slot more than adapters: see refusals.cpu_refusals.
+# One slot more than adapters: see `refusals.py`.
 LORA = {
     "enable_lora": True,
     "max_loras": 3,

@@ -105,7 +105,7 @@ def test_every_environment_variable_is_documented():
 
 def test_every_refusal_is_documented():
     source = inspect.getsource(config_hook) + inspect.getsource(refusals)
-    options = set(re.findall(r'Refusal\(\s*"(--[a-z-]+)"', source))
+    options = set(re.findall(r'_unfit\(\s*"(--[a-z-]+)"', source))
     options |= set(re.findall(r'f"(--[a-z-]+) = \{', source))
     options |= set(re.findall(r'option, \w+ = "(--[a-z-]+)"', source))
     assert {"--speculative-config", "--tensor-parallel-size", "--max-num-batched-tokens"} <= options

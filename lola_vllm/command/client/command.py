@@ -4,25 +4,56 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lola_vllm.command.client import ClientError
 from lola_vllm.command.client.chat import MAX_TOKENS, chat
-from lola_vllm.command.client.options import Verb, add_verbs, server_of
 from lola_vllm.command.client.terminal import harmless, print
 
 if TYPE_CHECKING:
     from lola_vllm.command.client.server import Server
 
+Verb: TypeAlias = "Callable[[Server, argparse.Namespace], int | None]"
 _NAME = "a session, as agent-7"
 _REFERENCE = "a session or a turn of it, as agent-7 or agent-7@3"
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def server_of(args: argparse.Namespace) -> Server:
+    """The server at `args.url`. The API key is in the environment, unseen by other users."""
+    from lola_vllm.command.client.server import Server  # the command line starts without it
+
+    return Server(args.url, os.environ.get("VLLM_API_KEY"))
+
+
+def add_verbs(
+    parser: argparse.ArgumentParser,
+) -> Callable[[str, str, Verb], argparse.ArgumentParser]:
+    """Let a command have verbs with the option `--url`.
+
+    Returns:
+        Adds a verb: its name, a line for people, and what it does with the server, which returns
+        the exit status (None: 0).
+    """
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)"
+    )
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    def add(name: str, text: str, run: Verb) -> argparse.ArgumentParser:
+        verb = verbs.add_parser(name, help=text, description=text, parents=[common])
+        verb.set_defaults(run=lambda args: run(server_of(args), args) or 0)
+        return verb
+
+    return add
 
 
 def age(text: str) -> float:

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from lola_vllm.command.client import ClientError
 from lola_vllm.command.client.answers import STREAM, print_answer
-from lola_vllm.command.client.command import ago, mib, table
+from lola_vllm.command.client.command import add_verbs, ago, mib, table
 from lola_vllm.command.client.documents import documents_of, files_of, read_file
-from lola_vllm.command.client.options import add_verbs
 from lola_vllm.command.client.terminal import print
 from lola_vllm.memory.sessions.names import check_name
 

@@ -263,11 +263,14 @@ def pairs_in(base: Path, lola_config: Mapping[str, Any], memory_mib: float) -> i
         CheckpointError: not even one pair in every head fits; names the least memory.
     """
     budget = int(memory_mib * 2**20)
-    least = state_bytes(base, lola_config, 1)
-    if least > budget:
+
+    def size(pairs: int) -> int:
+        return state_bytes(base, lola_config, pairs)
+
+    if size(1) > budget:
         raise CheckpointError(
             f"--memory {memory_mib:g}: window and hidden state alone take "
-            f"{least / 2**20:.2f} MiB; give more"
+            f"{size(1) / 2**20:.2f} MiB; give more"
         )
     return bisect_right(
         range(1, MOST_PAIRS), budget, key=lambda n: state_bytes(base, lola_config, n)

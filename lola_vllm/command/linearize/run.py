@@ -8,19 +8,18 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lola_vllm.command.linearize import plan, recipe
 from lola_vllm.command.linearize.plan import STAGES
 from lola_vllm.command.linearize.recipe import Recipe
-from lola_vllm.command.linearize.state import WorkState, open_state
 from lola_vllm.core import cpu
 from lola_vllm.models.base import parse_config, read_base_config
 from lola_vllm.models.files import CheckpointError, read_json
 from lola_vllm.models.staging import check_output, staged_directory
-from lola_vllm.training.distill.state import default_work
+from lola_vllm.training.distill.state import default_work, open_work
 from lola_vllm.training.texts import MANIFEST
 
 if TYPE_CHECKING:
@@ -32,6 +31,7 @@ FIRST, SECOND = "calibration-1.safetensors", "calibration-2.safetensors"
 # Checkpoints of stages, which go when the model is written.
 MAPPED, TRAINED, TRAINED_ON, CALIBRATED = "mapped", "trained", "trained-on", "calibrated"
 REPORT = "calibration.txt"
+NAME = "linearize.json"  # what is done already
 TITLE = "## How it was made"  # in the card
 
 
@@ -129,6 +129,60 @@ def _stage(
         state.seconds[name] = round(spent, 1)
         state.save()
     say(f"{STAGES[name]}: done after {spent / 3600:.2f} hours")
+
+
+@dataclass
+class WorkState:
+    """A run that can be gone on with.
+
+    Attributes:
+        work: its directory.
+        inputs: what the user gave: base, texts and options. Another run has others.
+        recipe: as JSON, once derived.
+        done: stages that are finished.
+        seconds: spent in each stage, in interrupted runs too.
+    """
+
+    work: Path
+    inputs: dict[str, Any]
+    recipe: dict[str, Any] = field(default_factory=dict)
+    done: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def save(self) -> None:
+        """Write the file, completely or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        values = {key: value for key, value in vars(self).items() if key != "work"}
+        part = self.work / f"{NAME}.part"
+        part.write_text(json.dumps(values, indent=1), encoding="utf-8")
+        part.replace(self.work / NAME)
+
+
+def open_state(work: Path, inputs: Mapping[str, Any], *, resume: bool) -> WorkState:
+    """The state of a working directory, or a new one.
+
+    Raises:
+        CheckpointError: a directory in use without `resume`, a run with other inputs, or a file
+            that is damaged.
+    """
+    path = work / NAME
+    open_work(work, resume=resume)
+    if not path.is_file():
+        return WorkState(work, dict(inputs))
+    try:
+        state = WorkState(work=work, **json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); delete {work} to start again") from None
+    for key, value in inputs.items():
+        if state.inputs.get(key) != value:
+            raise CheckpointError(
+                f"{path}: of a run with {key} = {state.inputs.get(key)!r}, not {value!r}; give "
+                "the same options, or another --work-dir"
+            )
+    return state
 
 
 class _Run:

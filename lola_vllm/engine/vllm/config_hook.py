@@ -105,26 +105,27 @@ def settle_sessions(vllm_config: VllmConfig) -> None:
             given = {**given, "state_key_variable": KEY_VARIABLE}  # its name, for each rank
         settings = StoreSettings.from_mapping(given, STORE_KEY)
         settings.key()
+        if not settings.enabled and not named:
+            return
+        parallel = vllm_config.parallel_config
+        if transfer is not None and not named:
+            raise StoreSettingsError(
+                f"--kv-transfer-config {transfer.kv_connector!r} is in the place of LoLA's own "
+                "connector; remove one of the two"
+            )
+        if parallel.nnodes > 1 and settings.directory is not None:
+            raise StoreSettingsError(
+                "a state directory is for ranks on one machine, and --nnodes is "
+                f"{parallel.nnodes}; use state_ram alone"
+            )
+        if parallel.pipeline_parallel_size > 1:
+            raise StoreSettingsError(
+                "states are not stored in pipeline stages, whose engine would wait for ever, and "
+                f"--pipeline-parallel-size is {parallel.pipeline_parallel_size}; remove one of the "
+                "two"
+            )
     except StoreSettingsError as error:
         raise UnsupportedOptionError(f"--additional-config = {given!r}: {error}") from None
-    if not settings.enabled and not named:
-        return
-    if transfer is not None and not named:
-        raise UnsupportedOptionError(
-            f"--additional-config = {given!r}: --kv-transfer-config {transfer.kv_connector!r} is "
-            "in the place of LoLA's own connector; remove one of the two"
-        )
-    if vllm_config.parallel_config.nnodes > 1 and settings.directory is not None:
-        raise UnsupportedOptionError(
-            f"--additional-config = {given!r}: a state directory is for ranks on one machine, and "
-            f"--nnodes is {vllm_config.parallel_config.nnodes}; use state_ram alone"
-        )
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        raise UnsupportedOptionError(
-            f"--additional-config = {given!r}: states are not stored in pipeline stages, whose "
-            "engine would wait for ever, and --pipeline-parallel-size is "
-            f"{vllm_config.parallel_config.pipeline_parallel_size}; remove one of the two"
-        )
     vllm_config.kv_transfer_config = KVTransferConfig(
         kv_connector=CONNECTOR,
         kv_connector_module_path=CONNECTOR_MODULE,

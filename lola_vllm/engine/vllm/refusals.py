@@ -6,7 +6,7 @@ Every refusal names the option, its value and the remedy.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from lola_vllm.core.config import DecoderConfig, heads_divide
 from lola_vllm.core.ops.shift_schedule import MAX_LENGTH
@@ -30,157 +30,124 @@ class UnsupportedOptionError(ValueError):
     """A vLLM option that cannot work with LoLA's state."""
 
 
-class Refusal(NamedTuple):
-    """An option, the value it was given, and why it cannot be."""
-
-    option: str
-    value: object
-    reason: str
+def _unfit(option: str, value: object, reason: str) -> UnsupportedOptionError:
+    return UnsupportedOptionError(
+        f"{option} = {value!r} cannot be used with a LoLA model: {reason}"
+    )
 
 
 def refuse(vllm_config: VllmConfig) -> None:
-    """Raise `UnsupportedOptionError` for the first of `refusals`."""
-    for refusal in refusals(vllm_config):
-        raise UnsupportedOptionError(
-            f"{refusal.option} = {refusal.value!r} cannot be used with a LoLA model: "
-            f"{refusal.reason}"
-        )
-
-
-def refusals(vllm_config: VllmConfig) -> list[Refusal]:
-    """The options in use that do not know LoLA's state."""
-    found = draft_refusals(vllm_config)
+    """Raise `UnsupportedOptionError` for the first option that does not know LoLA's state."""
+    _refuse_drafts(vllm_config)
     reason = (
         "vLLM's connectors are not known to move whole states; remove the option: LoLA's own store "
         "is --additional-config '{\"lola\": {...}}'"
     )
     transfer = vllm_config.kv_transfer_config
     if transfer is not None and not has_store(vllm_config):
-        found.append(Refusal("--kv-transfer-config", transfer.kv_connector, reason))
+        raise _unfit("--kv-transfer-config", transfer.kv_connector, reason)
     offloaded = vllm_config.cache_config.kv_offloading_size
     if offloaded is not None:
-        found.append(Refusal("--kv-offloading-size", offloaded, reason))
+        raise _unfit("--kv-offloading-size", offloaded, reason)
     cache_dtype = vllm_config.cache_config.cache_dtype
     if cache_dtype not in ("auto", "bfloat16"):
-        found.append(
-            Refusal(
-                "--kv-cache-dtype",
-                cache_dtype,
-                "keys and values are kept in the model's dtype, and the hidden state in float32; "
-                "use 'auto'",
-            )
+        raise _unfit(
+            "--kv-cache-dtype",
+            cache_dtype,
+            "keys and values are kept in the model's dtype, and the hidden state in float32; "
+            "use 'auto'",
         )
     length = vllm_config.model_config.max_model_len
     if length > MAX_LENGTH:
-        found.append(
-            Refusal(
-                "--max-model-len",
-                length,
-                f"a page holds positions as 32-bit numbers; use at most {MAX_LENGTH}",
-            )
+        raise _unfit(
+            "--max-model-len",
+            length,
+            f"a page holds positions as 32-bit numbers; use at most {MAX_LENGTH}",
         )
     parallel = vllm_config.parallel_config
     if parallel.decode_context_parallel_size > 1:
-        found.append(
-            Refusal(
-                "--decode-context-parallel-size",
-                parallel.decode_context_parallel_size,
-                "a state is not a list of tokens that could be split; use 1",
-            )
+        raise _unfit(
+            "--decode-context-parallel-size",
+            parallel.decode_context_parallel_size,
+            "a state is not a list of tokens that could be split; use 1",
         )
     if parallel.enable_dbo:
-        found.append(
-            Refusal("--enable-dbo", True, "a step's rows are not cut in two; remove the option")
-        )
-    return found + cpu_refusals(vllm_config)
+        raise _unfit("--enable-dbo", True, "a step's rows are not cut in two; remove the option")
+    _refuse_on_cpu(vllm_config)
 
 
-def draft_refusals(vllm_config: VllmConfig) -> list[Refusal]:
+def _refuse_drafts(vllm_config: VllmConfig) -> None:
     """Drafts that a state cannot take back, by who makes them, by the layers, or by options."""
     from vllm.platforms import current_platform
 
     speculative, scheduler = vllm_config.speculative_config, vllm_config.scheduler_config
     if speculative is None:
-        return []
-    method, found = speculative.method, []
+        return
+    method = speculative.method
 
-    def no_drafts(reason: str) -> None:
-        found.append(Refusal("--speculative-config", method, reason))
+    def no_drafts(reason: str) -> UnsupportedOptionError:
+        return _unfit("--speculative-config", method, reason)
 
     if method not in DRAFTS:
-        no_drafts(
+        raise no_drafts(
             "vLLM lays out the layers of a draft model one by one, in blocks as large as a state, "
             "which its drafter refuses, and drafts on a GPU are made ahead of results; use 'ngram'"
         )
     sequence = sequence_layout(vllm_config)
     intervals = sorted({layout.update_interval for layout in sequence.layouts})
     if any(layer.slides for layer in sequence.layers):
-        no_drafts("the ring of a sliding layer has no row for a draft; remove the option")
-    elif intervals[0] == 1:
-        no_drafts(
+        raise no_drafts("the ring of a sliding layer has no row for a draft; remove the option")
+    if intervals[0] == 1:
+        raise no_drafts(
             "with an update_interval of 1 an update follows every token, and cannot be undone; "
             "remove the option"
         )
-    elif len(intervals) > 1:
-        no_drafts(f"the layers are updated every {intervals} tokens; remove the option")
+    if len(intervals) > 1:
+        raise no_drafts(f"the layers are updated every {intervals} tokens; remove the option")
     if vllm_config.use_v2_model_runner:
-        no_drafts(
+        raise no_drafts(
             "vLLM's second model runner does not take drafts back so; set "
             "VLLM_USE_V2_MODEL_RUNNER=0"
         )
     if scheduler.async_scheduling:
-        found.append(
-            Refusal(
-                "--async-scheduling",
-                True,
-                "a step with drafts is planned when the one before is known; remove the option",
-            )
+        raise _unfit(
+            "--async-scheduling",
+            True,
+            "a step with drafts is planned when the one before is known; remove the option",
         )
     if scheduler.scheduler_cls not in (None, SCHEDULER):
-        found.append(
-            Refusal(
-                "--scheduler-cls",
-                scheduler.scheduler_cls,
-                "with --speculative-config the scheduler cuts drafts at updates; remove one of the "
-                "two",
-            )
+        raise _unfit(
+            "--scheduler-cls",
+            scheduler.scheduler_cls,
+            "with --speculative-config the scheduler cuts drafts at updates; remove one of the two",
         )
     worker = vllm_config.parallel_config.worker_cls
     if current_platform.is_cpu() and worker not in ("auto", CPU_WORKER):
-        found.append(
-            Refusal("--worker-cls", worker, "drafts need LoLA's own on a CPU; remove the option")
-        )
-    return found
+        raise _unfit("--worker-cls", worker, "drafts need LoLA's own on a CPU; remove the option")
 
 
-def cpu_refusals(vllm_config: VllmConfig) -> list[Refusal]:
+def _refuse_on_cpu(vllm_config: VllmConfig) -> None:
     """Options with which vLLM 0.32 itself, on a CPU, fails later or answers wrongly."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
-        return []
-    found = []
+        return
     stages = vllm_config.parallel_config.pipeline_parallel_size
     if stages > 1 and vllm_config.model_config.enforce_eager:
-        found.append(
-            Refusal(
-                "--pipeline-parallel-size",
-                stages,
-                "on a CPU, vLLM makes the tensors that stages hand over while it compiles, and "
-                "would fail at the first request; drop --enforce-eager",
-            )
+        raise _unfit(
+            "--pipeline-parallel-size",
+            stages,
+            "on a CPU, vLLM makes the tensors that stages hand over while it compiles, and "
+            "would fail at the first request; drop --enforce-eager",
         )
     lora = vllm_config.lora_config
     if lora is not None and lora.max_loras == 1:
-        found.append(
-            Refusal(
-                "--max-loras",
-                lora.max_loras,
-                "on a CPU, vLLM applies the adapter in its last slot to requests for the base "
-                "model that share a batch with adapters; use one more than there are adapters",
-            )
+        raise _unfit(
+            "--max-loras",
+            lora.max_loras,
+            "on a CPU, vLLM applies the adapter in its last slot to requests for the base "
+            "model that share a batch with adapters; use one more than there are adapters",
         )
-    return found
 
 
 def check_weight_files(vllm_config: VllmConfig) -> None:
