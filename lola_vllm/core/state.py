@@ -49,11 +49,23 @@ from lola_vllm.core.config import LolaConfig
 PART_ALIGNMENT = 64  # bytes; a cache line, and a multiple of every vector width used
 PAGE_ALIGNMENT = 256  # bytes
 
-# The parts of a page, in its order.
-PARTS = (
-    "H", "s", "positions", "score_weights", "sparse_k_scale", "sparse_v_scale", "sparse_k",
-    "sparse_v", "exact_k", "exact_v",
-)  # fmt: skip
+
+class StateViews(NamedTuple):
+    """Typed views of a pool of pages; dim 0 is the page, its stride is the page stride."""
+
+    H: Tensor
+    s: Tensor
+    positions: Tensor
+    score_weights: Tensor
+    sparse_k_scale: Tensor
+    sparse_v_scale: Tensor
+    sparse_k: Tensor
+    sparse_v: Tensor
+    exact_k: Tensor
+    exact_v: Tensor
+
+
+PARTS = StateViews._fields  # the parts of a page, in its order
 
 # What a row of `LayerLayout.table` holds: the fields of `PageLayout` in csrc/layout.h, in its
 # order. A name of `PARTS` stands for the byte offset of that part in the layer's bytes.
@@ -70,21 +82,6 @@ NEVER = 2**62  # as many tokens no page has
 DTYPE_CODES = {
     torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.int8: 4,
 }  # fmt: skip
-
-
-class StateViews(NamedTuple):
-    """Typed views of a pool of pages; dim 0 is the page, its stride is the page stride."""
-
-    H: Tensor
-    s: Tensor
-    positions: Tensor
-    score_weights: Tensor
-    sparse_k_scale: Tensor
-    sparse_v_scale: Tensor
-    sparse_k: Tensor
-    sparse_v: Tensor
-    exact_k: Tensor
-    exact_v: Tensor
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from lola_vllm.models.files import (
 from lola_vllm.models.remote_code import AUTO_MAP, write_remote_code
 from lola_vllm.models.schema import (
     OUTPUT_PROJECTIONS,
+    WINDOW_FACTOR_INIT,
     Shape,
     check_tensors,
     expected_tensors,
@@ -75,6 +76,13 @@ def read_base_config(base: Path) -> dict[str, Any]:
             f"{base}: quantized weights are not supported; use the model's full-precision weights"
         )
     return lola_fields(raw)
+
+
+def fingerprint_base(base: Path) -> bytes:
+    """Bytes of a base's config and of its files' names and sizes: another base has others."""
+    files = sorted(base.glob("*.safetensors"))
+    sizes = "".join(f"{path.name} {path.stat().st_size}" for path in files)
+    return (base / "config.json").read_bytes() + sizes.encode()
 
 
 def lola_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,15 +143,20 @@ def write_checkpoint(
     out: Path,
     config_json: dict[str, Any],
     config: DecoderConfig,
-    layer_maps: Callable[[str, torch.dtype, Mapping[str, Shape]], dict[str, Tensor]],
+    trained: Mapping[str, Tensor],
     change: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
     """Write a LoLA checkpoint to an empty directory.
 
+    At most one safetensors file of the base is held in memory.
+
     Args:
         config_json: what is written as `config.json`, beside the name of the file by which plain
             transformers finds LoLA's code. config: the same, with its facts.
-        layer_maps, change: as for `_write_weights`; `layer_maps` is given the expected tensors too.
+        trained: LoLA's tensors by name; others are LoLCATs' starting point: `eye(d, F)` for every
+            head, and window factors of -2.197 (g = 0.1). Maps get the dtype of the layer's output
+            projection, window factors float32.
+        change: from a name and a tensor of the base to the tensor to write; default: no change.
 
     Raises:
         CheckpointError: a base without layers that the config speaks of, or a file that cannot be
@@ -157,8 +170,30 @@ def write_checkpoint(
     write_json(out / "config.json", {**config_json, "auto_map": AUTO_MAP})
     write_remote_code(out)
     copy_companions(base, out)
-    _write_weights(base, out, lambda prefix, dtype: layer_maps(prefix, dtype, expected), change)
+    _write_weights(base, out, expected, trained, change)
     check_tensors(expected, read_shapes(out))  # before it is moved to its place
+
+
+def _layer_maps(
+    prefix: str, expected: Mapping[str, Shape], trained: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """LoLA's tensors of the layer at a prefix; none if it slides."""
+    import torch
+
+    tensors = {}
+    for name, shape in expected.items():
+        if not name.startswith(prefix):
+            continue
+        is_factor = name.endswith("window_factors")
+        # Copies: safetensors refuses strides, and tensors that share memory (tied maps do).
+        if name in trained:
+            own = torch.float32 if is_factor else dtype
+            tensors[name] = trained[name].to(own, copy=True).contiguous()
+        elif is_factor:
+            tensors[name] = torch.full(shape, WINDOW_FACTOR_INIT)
+        else:
+            tensors[name] = torch.eye(*shape[1:], dtype=dtype).repeat(shape[0], 1, 1)
+    return tensors
 
 
 def copy_companions(base: Path, out: Path) -> None:
@@ -174,14 +209,11 @@ def copy_companions(base: Path, out: Path) -> None:
 def _write_weights(
     base: Path,
     out: Path,
-    layer_maps: Callable[[str, torch.dtype], dict[str, Tensor]],
-    change: Callable[[str, Tensor], Tensor] | None = None,
+    expected: Mapping[str, Shape],
+    trained: Mapping[str, Tensor],
+    change: Callable[[str, Tensor], Tensor] | None,
 ) -> None:
     """Copy the base's files one by one; a layer's maps go into the file with its output projection.
-
-    Args:
-        layer_maps: LoLA's tensors of a layer, from the prefix of their names and a dtype.
-        change: from a name and a tensor of the base to the tensor to write; default: no change.
 
     Raises:
         CheckpointError: a file cannot be written.
@@ -198,7 +230,7 @@ def _write_weights(
                 tensor = source.get_tensor(name)
                 tensors[name] = change(name, tensor) if change else tensor
                 if output := _OUTPUT.fullmatch(name):
-                    tensors |= layer_maps(output[1], tensor.dtype)
+                    tensors |= _layer_maps(output[1], expected, trained, tensor.dtype)
             try:
                 save_file(tensors, str(out / path.name), metadata={"format": "pt"})
             except SafetensorError as error:  # a full disk arrives as one of these

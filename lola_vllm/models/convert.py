@@ -26,11 +26,9 @@ from lola_vllm.models.files import (
     weight_files,
 )
 from lola_vllm.models.lolcats import Lora, Maps, read_distill, read_lora
-from lola_vllm.models.schema import LOLA_TENSORS, WINDOW_FACTOR_INIT, Shape
 from lola_vllm.models.staging import check_output, staged_directory
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 # Default of alpha / r, which LoRA files do not have: LoLCATs trained 16 / 8, and 8 / 4 for 405B.
@@ -50,9 +48,8 @@ def convert_checkpoint(
 ) -> DecoderConfig:
     """Write a LoLA checkpoint: the base's weights, LoRA merged in, and LoLCATs' feature maps.
 
-    `W' = W + (alpha / r) B A` is computed in float32 and cast to the dtype of W. Maps are cast to
-    the dtype of the layer's output projection, window factors to float32; missing window factors
-    become -2.197 (g = 0.1). At most one safetensors file of the base is held in memory.
+    `W' = W + (alpha / r) B A` is computed in float32 and cast to the dtype of W.
+    `base.write_checkpoint` says how maps are written.
 
     Args:
         base: the directory of a decoder (`families.py`), sharded or not, embeddings tied or not.
@@ -94,16 +91,11 @@ def convert_checkpoint(
     config.facts = TensorFacts(maps.feature_dim, maps.num_state_heads)
     trained = {**maps.tensors, **adapters.maps}
 
-    def layer_maps(
-        prefix: str, dtype: torch.dtype, expected: Mapping[str, Shape]
-    ) -> dict[str, Tensor]:
-        return _layer_maps(prefix, trained, expected, dtype)
-
     def merged(name: str, weight: Tensor) -> Tensor:
         return _merged(name, weight, adapters, alpha)
 
     with staged_directory(out, force=force, inputs=inputs) as staging:
-        write_checkpoint(base, staging, raw, config, layer_maps, merged)
+        write_checkpoint(base, staging, raw, config, trained, merged)
         options: dict[str, str] = {}
         if config_overrides:
             options["lola_config"] = json.dumps(dict(config_overrides))
@@ -151,26 +143,6 @@ def _merged(name: str, weight: Tensor, lora: Lora, alpha: float) -> Tensor:
     if not bool(weight.isfinite().all()):
         raise CheckpointError(f"{name}: not finite in {weight.dtype} after merging the LoRA")
     return weight
-
-
-def _layer_maps(
-    prefix: str, trained: Mapping[str, Tensor], expected: Mapping[str, Shape], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """The three LoLA tensors of the layer at `prefix`, maps in `dtype`; none if it slides."""
-    import torch
-
-    tensors = {}
-    for kind in LOLA_TENSORS:
-        name = prefix + kind
-        # Copies: safetensors refuses strides, and tensors that share memory (tied maps do).
-        if name not in expected:
-            continue  # of a sliding layer
-        if name in trained:
-            own = torch.float32 if kind == "window_factors" else dtype
-            tensors[name] = trained[name].to(own, copy=True).contiguous()
-        else:
-            tensors[name] = torch.full(expected[name], WINDOW_FACTOR_INIT)
-    return tensors
 
 
 def _model_card(

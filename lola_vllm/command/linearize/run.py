@@ -16,7 +16,7 @@ from lola_vllm.command.linearize import plan, recipe
 from lola_vllm.command.linearize.plan import STAGES
 from lola_vllm.command.linearize.recipe import Recipe
 from lola_vllm.core import cpu
-from lola_vllm.models.base import parse_config, read_base_config
+from lola_vllm.models.base import fingerprint_base, parse_config, read_base_config
 from lola_vllm.models.files import CheckpointError, read_json
 from lola_vllm.models.staging import check_output, staged_directory
 from lola_vllm.training.distill.state import default_work, open_work
@@ -78,7 +78,7 @@ def linearize(
     check_output(out, force=force, inputs=[base, texts])
     size = _size_of(texts)
     inputs = {
-        "base": _print_of(base),
+        "base": hashlib.sha256(fingerprint_base(base)).hexdigest()[:16],
         "texts": texts.name,
         "scale": scale,
         "memory": memory_mib,
@@ -308,14 +308,6 @@ def _size_of(texts: Path) -> int:
     if not files:
         raise CheckpointError(f"--texts {texts}: no .txt file there")
     return sum(file.stat().st_size for file in files)
-
-
-def _print_of(base: Path) -> str:
-    """Of a base's config and the sizes of its weights: another base has another one."""
-    digest = hashlib.sha256((base / "config.json").read_bytes())
-    for path in sorted(base.glob("*.safetensors")):
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
-    return digest.hexdigest()[:16]
 
 
 def _fast_dtype(base: Path) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lola_vllm.core.config import DecoderConfig
+from lola_vllm.models.base import fingerprint_base
 from lola_vllm.models.files import CheckpointError, open_weights
 from lola_vllm.training.distill.options import FINETUNE, DistillOptions
 from lola_vllm.training.distill.state import default_work, open_work, read_state, write_state
@@ -227,9 +228,7 @@ def fingerprint(
     import torch
 
     digest = hashlib.sha256(before.encode())
-    digest.update((base / "config.json").read_bytes())
-    for path in sorted(base.glob("*.safetensors")):
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
+    digest.update(fingerprint_base(base))
     chosen = asdict(options)
     if not before:  # the second stage's options do not change the first
         chosen = {key: value for key, value in chosen.items() if key not in FINETUNE}
