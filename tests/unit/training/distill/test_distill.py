@@ -375,7 +375,7 @@ def test_refusals_of_going_on(
     refused("maps.safetensors: no such file", start=tmp_path)
     refused("lora_A.* is .*and must be .*lora_rank", changes={"lora_rank": 3})
     refused("lora_kept = 1.5: must be from 0 to 1", changes={"lora_kept": 1.5})
-    refused("feature_map_k.* must be .*--state-heads", changes={"state_heads": "query"})
+    refused("feature_map_k.* must be .*state_heads", changes={"state_heads": "query"})
     refused("leave out sparse_cache_size", changes={"lola_config": LOLA})
     refused("leave out sparse_cache_size", changes={"train_sparse_caches": (0, 4)})
     refused("lora_rows = 0", changes={"lora_rows": 0})
