@@ -1,4 +1,4 @@
-"""How far a page goes back, for drafts that are rejected.
+"""How far a page goes back: for drafts that are rejected, and tokens that are cut off.
 
 A token writes its pair into a row of the ring. An update or a context shift may come with it, and
 neither can be undone. Between them a page takes tokens back by their count alone: what is valid

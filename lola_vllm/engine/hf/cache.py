@@ -23,6 +23,8 @@ from lola_vllm.core.ops import (
     context_shift,
 )
 from lola_vllm.core.ops.compose import ComposeError
+from lola_vllm.core.ops.rollback import reach
+from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 from lola_vllm.core.ops.sliding import ops_of
 from lola_vllm.core.state import SequenceLayout
 from lola_vllm.engine.hf.tokens import LolaModelError, NewTokens
@@ -40,6 +42,7 @@ class LolaCacheLayer(CacheLayerMixin):
     Attributes:
         num_tokens: `[B]` int64 in host memory, tokens that each page has seen.
         num_columns: columns that each row has seen, padding included: transformers' length.
+        unpadded_from: from this column on, all are tokens in every row.
         query_hook: sees the queries of each forward, `[B, Q, Hq, d]` after RoPE; None: nobody does.
     """
 
@@ -59,7 +62,7 @@ class LolaCacheLayer(CacheLayerMixin):
         self.pages: Tensor | None = None
         self.state: LayerState | None = None
         self.num_tokens = torch.zeros(0, dtype=torch.int64)
-        self.num_columns = 0
+        self.num_columns = self.unpadded_from = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate pages for keys and values `[B, Q, Hkv, d]`. They need no clearing."""
@@ -106,6 +109,8 @@ class LolaCacheLayer(CacheLayerMixin):
         state_indices = torch.arange(1, len(q) + 1, device=q.device, dtype=torch.int32)
         seen, self.num_tokens = self.num_tokens, self.num_tokens + tokens.lengths
         self.num_columns += q.shape[1]
+        if tokens.mask is not None:
+            self.unpadded_from = self.num_columns - tokens.last_unpadded
         dtype = self.layout.pages[0].kv_dtype  # under autocast q, k and v may differ
         rows_q, rows_k, rows_v = (tokens.pack(x).to(dtype).contiguous() for x in (q, k, v))
         out = torch.empty_like(rows_q)
@@ -144,6 +149,40 @@ class LolaCacheLayer(CacheLayerMixin):
     def batch_size(self) -> int:
         """B."""
         return len(self.num_tokens)
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise `LolaModelError` unless `crop` can remove so many tokens."""
+        removed, interval = -tokens_to_remove, self.lola.update_interval
+        why = None
+        if removed < 0:
+            why = "say how many tokens to remove, as a negative number"
+        elif removed > self.num_columns - self.unpadded_from:
+            why = "among them is padding, or they are more than the cache has seen"
+        elif removed:
+            schedule = ShiftSchedule.of(self.config)
+            for n in self.num_tokens.tolist():
+                if n > reach(n - removed, interval, schedule):
+                    why = (
+                        f"a state of {n} tokens does not go back to {n - removed}, as an update, "
+                        f"every {interval} tokens, or a context shift lies between"
+                    )
+        if why is not None:
+            raise LolaModelError(
+                f"crop({tokens_to_remove}): {why}; a copy.deepcopy of the cache goes back anywhere"
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens of every row, no further than to the last update.
+
+        Args:
+            tokens_to_remove: their number, negative.
+
+        Raises:
+            LolaModelError: an update or a context shift lies between, or padding.
+        """
+        self.check_crop(tokens_to_remove)
+        self.num_tokens = self.num_tokens + tokens_to_remove
+        self.num_columns += tokens_to_remove
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes a copy of row `beam_idx[i]`. A page is the whole state of a sequence."""
@@ -209,6 +248,12 @@ class LolaCache(Cache):
                 "start a new LolaCache"
             )
         return layer.num_tokens
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """`LolaCacheLayer.crop` of all layers, or of none."""
+        for layer in self.layers:
+            layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
 
     @classmethod
     def compose(cls, caches: Sequence[LolaCache], model: Any) -> LolaCache:

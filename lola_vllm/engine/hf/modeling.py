@@ -31,6 +31,7 @@ from lola_vllm.engine.hf.attention import (
     order_heads,
 )
 from lola_vllm.engine.hf.cache import LolaCache
+from lola_vllm.engine.hf.candidates import Candidates
 from lola_vllm.engine.hf.tokens import LolaModelError, NewTokens
 from lola_vllm.models import rope
 from lola_vllm.models.remote_code import AUTO_MAP, write_remote_code
@@ -266,8 +267,18 @@ class LolaForCausalLM(_Base):
             model_kwargs["past_key_values"] = LolaCache(self.config)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' hook of assisted decoding, whose cache goes back over rejected tokens."""
-        raise LolaModelError("assisted decoding: a LoLA state does not go back; leave it out")
+        """transformers' hook of assisted decoding: candidates that the state takes back."""
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        if isinstance(getattr(generator, "assistant_model", None), LolaForCausalLM):
+            raise LolaModelError(
+                "assistant_model: a LoLA model's own candidates cannot be taken back across an "
+                "update; use a stock model, or prompt_lookup_num_tokens"
+            )
+        mask = kwargs["model_kwargs"].get("attention_mask")
+        padding = 0 if mask is None else int((mask == 0).sum())
+        layers = map(self.config.for_layer, range(self.config.num_hidden_layers))
+        interval = min(lola.update_interval for lola, _ in layers)  # 1 of sliding layers: none
+        return Candidates(generator, interval, self.schedule, padding)
 
 
 @functools.cache

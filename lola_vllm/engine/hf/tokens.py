@@ -49,6 +49,12 @@ class NewTokens:
         lengths = mask.sum(1).cpu()
         return full if bool((lengths == columns).all()) else cls(lengths, mask)
 
+    @property
+    def last_unpadded(self) -> int:
+        """Of the last columns, how many are tokens in every row; a mask is there."""
+        assert self.mask is not None
+        return int(self.mask.all(0).flip(0).int().cumprod(0).sum())
+
     def positions(self, context: Tensor, device: torch.device) -> Tensor:
         """Positions `[B, Q]` that count tokens only, after `context [B]` earlier ones.
 

@@ -305,7 +305,7 @@ def test_generate_refuses_what_cannot_be(model: Any) -> None:
     ids = torch.tensor(random_prompts([20]))
     with pytest.raises(LolaModelError, match="cache_implementation = 'static'"):
         model.generate(ids, cache_implementation="static", max_new_tokens=2)
-    with pytest.raises(LolaModelError, match=r"assisted decoding: .*leave it out"):
+    with pytest.raises(LolaModelError, match=r"assistant_model: .*use a stock model"):
         model.generate(ids, assistant_model=model, max_new_tokens=2)
 
 
