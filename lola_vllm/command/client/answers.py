@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
 from lola_vllm.command.client.terminal import print
 
+_COLUMNS = 92  # of a passage in a terminal
 # Of the body of every request for an answer. vLLM ends an answer whose last tokens are 32 to 128
 # tokens four times over. A shorter loop is one of 32 or more as well; a row of dashes or zeros is
 # too short to be taken for a loop.
@@ -53,7 +55,7 @@ class Answer:
 
 def print_answer(
     events: Generator[dict[str, Any]],
-    show: Callable[[Sequence[dict[str, Any]]], None] = lambda sources: None,
+    show: Callable[[Sequence[dict[str, Any]]], None],
 ) -> Answer:
     """Print an answer as it comes.
 
@@ -78,3 +80,13 @@ def print_answer(
             answer.told = (event.get("kv_transfer_params") or {}).get("lola") or answer.told
     print()
     return answer
+
+
+def source_lines(sources: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What each source is, and below it the sentence that is read most, with its
+    neighbours."""
+    for number, source in enumerate(sources, start=1):
+        part = f", part {source['part']} of {source['parts']}" if source["parts"] > 1 else ""
+        yield f"[{number}] {source['document']}{part} ({source['share']:.0%})"
+        for line in textwrap.wrap(source["passage"], _COLUMNS):
+            yield f"    {line}"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lola_vllm.command.client import ClientError
-from lola_vllm.command.client.answers import STREAM, print_answer
-from lola_vllm.command.client.server import Server, path
+from lola_vllm.command.client.answers import STREAM, print_answer, source_lines
+from lola_vllm.command.client.server import Server, library_path, path
 from lola_vllm.command.client.terminal import print
 from lola_vllm.memory.sessions.names import check_name
 
@@ -30,13 +30,17 @@ def chat(
     server: Server,
     session: str | None,
     options: Mapping[str, Any],
+    library: str | None = None,
+    recall: bool = False,
 ) -> int:
     """Read messages from standard input, one a line, and print the answers; until its end.
 
     At a terminal Ctrl-C ends an answer, and between answers the chat.
 
     Args:
-        session: a name; None: a new one. options: fields of a chat completion.
+        session: a name; None: a new one. options: fields of a chat completion. library: which each
+            message is asked of; a new session goes on from what the first reads of it. recall:
+            whether a segment of the chat's own text comes back for each message.
 
     Raises:
         ClientError: the server refuses, or cannot be reached.
@@ -44,7 +48,7 @@ def chat(
     """
     name = f"chat-{secrets.token_hex(4)}" if session is None else check_name(session)
     people = sys.stdin.isatty()
-    conversation = _Conversation(server, name, options, people)
+    conversation = _Conversation(server, name, options, people, library, recall)
     while True:
         try:
             if people:
@@ -66,11 +70,21 @@ class _Conversation:
     """A session and where it is.
 
     Args:
-        people: whether Ctrl-C ends an answer only.
+        people: whether Ctrl-C ends an answer only. library, recall: as of `chat`.
     """
 
-    def __init__(self, server: Server, name: str, options: Mapping[str, Any], people: bool) -> None:
+    def __init__(
+        self,
+        server: Server,
+        name: str,
+        options: Mapping[str, Any],
+        people: bool,
+        library: str | None,
+        recall: bool,
+    ) -> None:
         self.server, self.name, self.options, self.people = server, name, options, people
+        self.library = library
+        self.asks = {"recall": "segments"} if recall else {"library": library} if library else {}
         self.broken = False  # whether the last answer was broken off
         found = server.find(name)
         self.at = (
@@ -88,15 +102,18 @@ class _Conversation:
             self._follow()  # the server may have read that message since
             self.broken = False
         before = self.at
+        # So that nobody else's turn, and no lost one, is gone on from unnoticed.
+        where, place = path(self.name, "chat"), {**before._asdict(), **self.asks}
+        if self.library is not None and not before.turn:  # it begins the session
+            where, place = library_path(self.library, "chat"), {"session": self.name}
         body = {
             "messages": [{"role": "user", "content": text}],
-            # So that nobody else's turn, and no lost one, is gone on from unnoticed.
-            **before._asdict(),
+            **place,
             **STREAM,
             **self.options,
         }
         try:
-            answer = print_answer(self.server.events(path(self.name, "chat"), body))
+            answer = print_answer(self.server.events(where, body), _show)
         except KeyboardInterrupt:
             print()
             if not self.people:
@@ -116,6 +133,14 @@ class _Conversation:
         if told.get("unwritten"):
             _note(f"the turn is in the server's memory only: {told['unwritten']}")
         prompt, restored = usage.get("prompt_tokens", 0), told["restored_tokens"]
+        if answer.sources and before.turn:  # the part next to the question is none of the session
+            prompt -= answer.sources[0]["tokens"]
+        if recalled := told.get("recalled"):  # nor is this
+            prompt -= recalled["last"] - recalled["first"]
+            _note(
+                f"recalled tokens {recalled['first']:,} to {recalled['last'] - 1:,}: "
+                f"{recalled['sentence']}"
+            )
         reason = f" ({told['reason']})" if told["reason"] and before.turn else ""
         _note(
             f"turn {told['turn']}: {restored:,} tokens restored{reason}, {prompt - restored:,} "
@@ -127,9 +152,13 @@ class _Conversation:
         """Take the place of the turn that was broken off, if it is stored: where its last state
         was taken. No other turn is taken: the server refuses to go on, and says why."""
         deadline, following = time.monotonic() + SETTLE_S, self.at.turn + 1
+        begins = self.library is not None and not self.at.turn
+        following += begins  # what is composed for the question is a turn before it
         while (found := self.server.find(self.name)) is None or found["turn"] != following:
             if time.monotonic() > deadline:
                 _note("the message that was broken off is not part of the memory")
+                if begins and found is not None:
+                    self.at = SessionPlace(found["turn"], found["tokens"])
                 return
             time.sleep(0.05)
         self.at = SessionPlace(found["turn"], found["tokens"])
@@ -143,3 +172,8 @@ class _Conversation:
 def _note(text: str) -> None:
     """Something about the conversation: apart from it, so that answers can be piped."""
     print(f"[{text}]", file=sys.stderr, flush=True, dim=True)
+
+
+def _show(sources: Sequence[dict[str, Any]]) -> None:
+    for line in source_lines(sources):
+        _note(line)

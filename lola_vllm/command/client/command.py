@@ -112,6 +112,15 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--session", metavar="NAME", help="to go on with, or a new one (default: a new name)"
     )
+    asks = parser.add_mutually_exclusive_group()
+    asks.add_argument(
+        "--library", metavar="LIBRARY",
+        help="to ask each message of; a new session goes on from what the first reads",
+    )  # fmt: skip
+    asks.add_argument(
+        "--recall", action="store_true",
+        help="bring back, for each message, the segment of the chat's own text that it asks about",
+    )  # fmt: skip
     parser.add_argument("--model", metavar="NAME", help="a served name (default: the server's)")
     parser.add_argument(
         "--max-tokens", type=int, default=MAX_TOKENS, metavar="N",
@@ -122,7 +131,7 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     def run(args: argparse.Namespace) -> int:
         options = {name: getattr(args, name) for name in ("model", "max_tokens", "temperature")}
         given = {name: value for name, value in options.items() if value is not None}
-        return chat(server_of(args), args.session, given)
+        return chat(server_of(args), args.session, given, args.library, args.recall)
 
     parser.set_defaults(run=run)
 

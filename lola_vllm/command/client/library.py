@@ -5,26 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import textwrap
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lola_vllm.command.client import ClientError
-from lola_vllm.command.client.answers import STREAM, print_answer
+from lola_vllm.command.client.answers import STREAM, print_answer, source_lines
 from lola_vllm.command.client.command import add_verbs, ago, mib, table
 from lola_vllm.command.client.documents import documents_of, files_of, read_file
+from lola_vllm.command.client.server import LIBRARIES, library_path
 from lola_vllm.command.client.terminal import print
-from lola_vllm.memory.sessions.names import check_name
 
 if TYPE_CHECKING:
     from lola_vllm.command.client.server import Server
 
-LIBRARIES = "/v1/lola/libraries"
-_COLUMNS = 92  # of a passage in a terminal
 MAX_TOKENS = 300  # of an answer, unless told otherwise
 _BAR = 24  # characters
 _LIBRARY = "its name, as a session's"
@@ -57,25 +54,6 @@ def add_library(parser: argparse.ArgumentParser) -> None:
     remove = verb("remove", "delete a library, or documents of it", _remove)
     remove.add_argument("library", metavar="LIBRARY", help=_LIBRARY)
     remove.add_argument("documents", nargs="*", metavar="DOCUMENT", help="titles (default: all)")
-
-
-def library_path(library: str, verb: str = "") -> str:
-    """The route of a library.
-
-    Raises:
-        SessionNameError: none can have this name.
-    """
-    return f"{LIBRARIES}/{check_name(library, 'library')}" + (f"/{verb}" if verb else "")
-
-
-def source_lines(sources: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """What each source is, and below it the sentence that is read most, with its
-    neighbours."""
-    for number, source in enumerate(sources, start=1):
-        part = f", part {source['part']} of {source['parts']}" if source["parts"] > 1 else ""
-        yield f"[{number}] {source['document']}{part} ({source['share']:.0%})"
-        for line in textwrap.wrap(source["passage"], _COLUMNS):
-            yield f"    {line}"
 
 
 def _add(server: Server, args: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ from lola_vllm.command.client import ClientError
 from lola_vllm.memory.sessions.names import Reference, check_name, parse_reference
 
 SESSIONS = "/v1/lola/sessions"
+LIBRARIES = "/v1/lola/libraries"
 ANSWER_LIMIT_S = 1800.0  # a long text on a small machine, after other requests
 
 
@@ -245,3 +246,12 @@ def path(session: str, verb: str = "", turn: bool = False) -> str:
     """
     asked = parse_reference(session, "session") if turn else Reference(check_name(session))
     return f"{SESSIONS}/{asked}" + (f"/{verb}" if verb else "")
+
+
+def library_path(library: str, verb: str = "") -> str:
+    """The route of a library.
+
+    Raises:
+        SessionNameError: none can have this name.
+    """
+    return f"{LIBRARIES}/{check_name(library, 'library')}" + (f"/{verb}" if verb else "")

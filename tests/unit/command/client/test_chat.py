@@ -6,6 +6,7 @@ import io
 
 import pytest
 
+import lola_vllm.command.client.chat as chat_module
 from lola_vllm.command import cli
 from lola_vllm.command.cli import INTERRUPTED
 from tests.support.standin import SESSIONS, standing_in
@@ -79,6 +80,23 @@ SOURCES = [
 ]  # fmt: skip
 
 
+def test_each_message_is_asked_of_a_library(script, say):
+    script.answers = [(["a"], "stop"), (["b"], "stop"), (["c"], "stop")]
+    script.sources = SOURCES
+    status, out, notes = say("x\ny\n", "--library", "manuals")
+    assert status == 0 and out == "a\nb\n"
+    first, second = script.bodies
+    assert first["session"] == "talk" and "turn" not in first and "library" not in first
+    assert (second["turn"], second["tokens"]) == (2, 51) and "session" not in second
+    assert second["library"] == "manuals"
+    assert notes.count("[[1] pump.md, part 2 of 3 (61%)]") == 2
+    assert "[    The pump runs. It is blue. So is its door.]" in notes
+    # What the second one read of the library is no part of the session.
+    assert "turn 3: 51 tokens restored, 10 read" in notes
+    assert say("z\n", "--library", "manuals")[0] == 0  # a session that has begun goes on
+    assert script.bodies[2]["library"] == "manuals" and script.bodies[2]["turn"] == 3
+
+
 def test_an_answer_of_a_library_is_ended_as_one_of_a_chat(script, capsys):
     script.answers, script.sources = [(["a"] * 4, "repetition")], SOURCES
     assert cli.main(["library", "ask", "manuals", "Which?", "--url", script.url]) == 0
@@ -87,6 +105,43 @@ def test_an_answer_of_a_library_is_ended_as_one_of_a_chat(script, capsys):
     assert out.index("[1] pump.md") < out.index("It is blue.") < out.index("aaaa")
     assert "[ended at 4 tokens: the answer repeats itself]" in notes
     assert script.bodies[0]["repetition_detection"]["min_count"] >= 3
+
+
+def test_a_segment_that_comes_back_is_named_and_not_counted(script, say):
+    script.sessions["talk"] = 3, 5000, "answer"
+    script.answers = [(["a"], "stop"), (["b"], "stop"), (["c"], "stop")]
+    script.recalled = {"first": 2000, "last": 4000, "score": 3.5, "sentence": "It is blue."}
+    status, out, notes = say("x\n", "--recall")
+    assert status == 0 and out == "a\n"
+    assert script.bodies[0]["recall"] == "segments" and script.bodies[0]["turn"] == 3
+    assert "[recalled tokens 2,000 to 3,999: It is blue.]" in notes
+    assert "[turn 4: 5,000 tokens restored, 10 read" in notes
+    script.recalled = None  # nothing comes back
+    assert "recalled" not in say("y\n", "--recall")[2]
+    say("z\n")
+    assert "recall" not in script.bodies[2]
+
+
+@pytest.mark.parametrize(
+    ("end", "asked_again", "turn"), [("unread", False, 1), ("hangs", False, 2)]
+)
+def test_a_librarys_answer_that_is_broken_off(script, capsys, monkeypatch, end, asked_again, turn):
+    script.answers = [(["a"], end), (["b"], "stop")]
+    monkeypatch.setattr("lola_vllm.command.client.chat.SETTLE_S", 0.1)
+    monkeypatch.setattr("sys.stdin", Keyboard("x\ny\n"))
+    real = chat_module.Server.events
+
+    def events(self, where, body):
+        for number, event in enumerate(real(self, where, body)):
+            yield event
+            if len(script.bodies) == 1 and number == 0:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat_module.Server, "events", events)
+    assert cli.main(["chat", script.url, "--session", "talk", "--library", "manuals"]) == 0
+    notes = capsys.readouterr().err
+    assert ("that was broken off is not part of the memory" in notes) == (turn == 1)
+    assert ("session" in script.bodies[1]) == asked_again and script.bodies[1]["turn"] == turn
 
 
 class Keyboard(io.StringIO):
