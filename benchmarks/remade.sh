@@ -6,7 +6,7 @@
 . "$(dirname "$0")/eval_common.sh"
 
 [ -f models/remade/config.json ] || lola linearize --base models/smollm2-base \
-    --out models/remade --texts models/texts --resume
+    --out models/remade --texts models/texts --hours 2.25 --resume
 
 compare() { # VERB NAME SEED OPTION...
     lola eval "$1" --model models/smollm2-lola --reference models/smollm2-base \

@@ -144,8 +144,9 @@ def add_linearize(parser: argparse.ArgumentParser) -> None:
         help="a text file or a directory of them: what the model should be good at",
     )  # fmt: skip
     parser.add_argument(
-        "--scale", type=float, default=1.0, metavar="X",
-        help="of the tokens that are trained on; 1, the default, has those of the demo model",
+        "--hours", type=float, metavar="H",
+        help="for all of it on this machine, whose speed is measured; more hours train on more "
+        "text (default: as many tokens as the demo model was trained on)",
     )  # fmt: skip
     parser.add_argument(
         "--memory", type=float, metavar="MIB",
@@ -154,7 +155,9 @@ def add_linearize(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     _add_run(parser, "by stage as --dry-run prints them")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the plan: tokens and all hyperparameters"
+        "--dry-run",
+        action="store_true",
+        help="print the plan: tokens, hours and all hyperparameters",
     )
 
     def run(args: argparse.Namespace) -> int:
@@ -165,7 +168,7 @@ def add_linearize(parser: argparse.ArgumentParser) -> None:
             args.base,
             args.texts,
             args.out,
-            scale=args.scale,
+            hours=args.hours,
             memory_mib=args.memory,
             overrides=read_recipe(args.recipe),
             work=args.work_dir,

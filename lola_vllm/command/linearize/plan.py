@@ -1,14 +1,22 @@
-"""The stages of a recipe, and what they read."""
+"""The stages of a recipe: what they read, and how long they take."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lola_vllm.command.linearize.recipe import Recipe, state_bytes
+from lola_vllm.models.files import CheckpointError
 from lola_vllm.training.calibrate.copying import ENOUGH, REPEATED
 from lola_vllm.training.calibrate.run import COPYING_PROMPTS, TRIED_PROMPTS
+
+# Seconds of a token of a calibration over those of a forward pass of a row of training, measured on
+# CPUs: 1.5 (0.5B) and 1.75 (135M). It reads long prompts, notes what they attend to, and fits
+# importance.
+CALIBRATION_FACTOR = 1.7
+LEAST_SCALE, MOST_SCALE = 0.02, 100.0  # of `scale_to`; below the first a stage is a few rows
 
 # Stages in their order, with the words of the plan.
 STAGES: dict[str, str] = {
@@ -19,6 +27,21 @@ STAGES: dict[str, str] = {
     "recalibrate": "calibration of the result",
     "card": "model and card",
 }
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds that a token takes on this machine, in all layers.
+
+    Attributes:
+        forward: read by the softmax model. transfer: trained on in stage 1.
+        lora: trained on in stage 2. on: trained on for a calibration.
+    """
+
+    forward: float
+    transfer: float
+    lora: float
+    on: float
 
 
 def stage_tokens(recipe: Recipe) -> dict[str, int]:
@@ -37,12 +60,51 @@ def stage_tokens(recipe: Recipe) -> dict[str, int]:
     }
 
 
-def format_plan(base: Path, recipe: Recipe) -> str:
+def stage_seconds(recipe: Recipe, speed: Speed) -> dict[str, float]:
+    """Seconds that each stage takes at a measured speed."""
+    of_token = {
+        "transfer": speed.transfer,
+        "lora": speed.lora,
+        "calibrate": CALIBRATION_FACTOR * speed.forward,
+        "train-on": speed.on,
+        "recalibrate": CALIBRATION_FACTOR * speed.forward,
+    }
+    return {name: n * of_token[name] for name, n in stage_tokens(recipe).items()}
+
+
+def scale_to(hours: float, seconds_of: Callable[[float], float]) -> float:
+    """The scale of a recipe (`derive`) with which all stages take so many hours.
+
+    Args:
+        hours: of all stages.
+        seconds_of: what a recipe of a scale takes; it must not fall.
+
+    Raises:
+        CheckpointError: too few hours; names the least number.
+    """
+    wanted = hours * 3600
+    if seconds_of(LEAST_SCALE) > wanted:
+        raise CheckpointError(
+            f"--hours {hours:g}: the least that trains anything takes "
+            f"{seconds_of(LEAST_SCALE) / 3600:.2f} on this machine; give more, or fewer "
+            "prompts by --recipe"
+        )
+    low, high = LEAST_SCALE, 2 * LEAST_SCALE
+    while seconds_of(high) < wanted and high < MOST_SCALE:  # texts may hold too little for more
+        low, high = high, 2 * high
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if seconds_of(middle) <= wanted else (low, middle)
+    return low
+
+
+def format_plan(base: Path, recipe: Recipe, speed: Speed) -> str:
     """The text that `--dry-run` prints."""
-    tokens = stage_tokens(recipe)
-    lines = [f"{'stage':26}  {'tokens':>10}"]
-    lines += [f"{STAGES[name]:26}  {number:10,}" for name, number in tokens.items()]
-    lines.append(f"{'all':26}  {sum(tokens.values()):10,}")
+    tokens, seconds = stage_tokens(recipe), stage_seconds(recipe, speed)
+    rows = [(STAGES[name], number, seconds[name] / 3600) for name, number in tokens.items()]
+    rows.append(("all", sum(tokens.values()), sum(seconds.values()) / 3600))
+    lines = [f"{'stage':26}  {'tokens':>10}  {'hours':>6}"]
+    lines += [f"{title:26}  {number:10,}  {spent:6.2f}" for title, number, spent in rows]
     state = state_bytes(base, recipe.train_on.lola_config, recipe.pairs)
     lines += [
         "",

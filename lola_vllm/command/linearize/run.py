@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lola_vllm.command.linearize import plan, recipe
-from lola_vllm.command.linearize.plan import STAGES
+from lola_vllm.command.linearize.plan import STAGES, Speed
 from lola_vllm.command.linearize.recipe import Recipe
 from lola_vllm.core import cpu
 from lola_vllm.models.base import fingerprint_base, parse_config, read_base_config
@@ -40,7 +40,7 @@ def linearize(
     texts: Path,
     out: Path,
     *,
-    scale: float = 1.0,
+    hours: float | None = None,
     memory_mib: float | None = None,
     overrides: Mapping[str, Any] | None = None,
     work: Path | None = None,
@@ -55,13 +55,14 @@ def linearize(
         base: a local Hugging Face directory (Llama, Mistral, Qwen2 or Qwen3).
         texts: a text file or a directory of them.
         out: where the model goes; it is written completely or not at all.
-        scale: of the tokens that are trained on, against those of the demo model.
+        hours: for all stages, by which the tokens that are trained on are scaled; None: those of
+            the demo model.
         memory_mib: of a sequence of the model, in MiB; see `Recipe`.
         overrides: options that replace what follows from the base, by part of `Recipe` and name.
         work: keeps what is done; default: `out` with ".training" added.
         resume: go on with the run in `work`; without it a `work` that holds something is refused.
         force: replace a model that is already at `out`.
-        dry_run: say what would be done, and do nothing.
+        dry_run: say what would be done, and do nothing. The speed of the machine is measured.
         say: is given lines for people.
 
     Returns:
@@ -71,8 +72,8 @@ def linearize(
         CheckpointError: a base, texts, options or a directory that cannot be used.
         DataError, TextsError: texts that cannot be read.
     """
-    if not scale > 0:
-        raise CheckpointError(f"--scale {scale:g}: must be above 0")
+    if hours is not None and not hours > 0:
+        raise CheckpointError(f"--hours {hours:g}: must be above 0")
     parse_config(base, read_base_config(base))  # refuses what is no base
     work = work or default_work(out)
     check_output(out, force=force, inputs=[base, texts])
@@ -80,7 +81,7 @@ def linearize(
     inputs = {
         "base": hashlib.sha256(fingerprint_base(base)).hexdigest()[:16],
         "texts": texts.name,
-        "scale": scale,
+        "hours": hours,
         "memory": memory_mib,
         "recipe": dict(overrides or {}),
     }
@@ -90,21 +91,12 @@ def linearize(
         state = open_state(work, inputs, resume=resume)
         state.save()
     if not state.recipe:
-        made = recipe.derive(
-            base,
-            text_bytes=size,
-            memory_mib=memory_mib,
-            scale=scale,
-            dtype=_fast_dtype(base),
-            free_bytes=_free_memory(),
-            overrides=overrides,
-        )
-        recipe.check(made)
-        state.recipe = asdict(made)
+        made, speed = _plan(base, size, hours, memory_mib, overrides or {}, say)
+        state.recipe, state.speed = asdict(made), asdict(speed)
         if not dry_run:
             state.save()
-    made = recipe.from_json(state.recipe)
-    say(plan.format_plan(base, made))
+    made, speed = recipe.from_json(state.recipe), Speed(**state.speed)
+    say(plan.format_plan(base, made, speed))
     if dry_run:
         return None
     run = _Run(base, texts, out, made, work, state, force)
@@ -112,6 +104,50 @@ def linearize(
         _stage(state, name, say, action)
     _clean(work)
     return parse_config(out, read_json(out / "config.json"))
+
+
+def _plan(
+    base: Path,
+    text_bytes: int,
+    hours: float | None,
+    memory_mib: float | None,
+    overrides: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> tuple[Recipe, Speed]:
+    """A recipe that takes so many hours on this machine, and the machine's speed."""
+    from lola_vllm.command.linearize.timing import measure_speed, measure_transfer
+
+    def derived(scale: float) -> Recipe:
+        made = recipe.derive(
+            base,
+            text_bytes=text_bytes,
+            memory_mib=memory_mib,
+            scale=scale,
+            dtype=_fast_dtype(base),
+            free_bytes=_free_memory(),
+            overrides=overrides,
+        )
+        recipe.check(made)
+        return made
+
+    made = derived(1.0)
+    say("timing a row of each kind")
+    speed = measure_speed(base, made)
+    if hours is None:
+        return made, speed
+
+    def scaled() -> Recipe:
+        def seconds_of(scale: float) -> float:
+            return sum(plan.stage_seconds(derived(scale), speed).values())
+
+        return derived(plan.scale_to(hours, seconds_of))
+
+    timed, made = made, scaled()
+    if made.train.row_length != timed.train.row_length:
+        say(f"timing rows of {made.train.row_length:,} tokens, whose tokens take less time")
+        speed = replace(speed, transfer=measure_transfer(base, made))
+        made = scaled()
+    return made, speed
 
 
 def _stage(
@@ -138,7 +174,7 @@ class WorkState:
     Attributes:
         work: its directory.
         inputs: what the user gave: base, texts and options. Another run has others.
-        recipe: as JSON, once derived.
+        recipe: as JSON, once derived. speed: of this machine, once measured.
         done: stages that are finished.
         seconds: spent in each stage, in interrupted runs too.
     """
@@ -146,6 +182,7 @@ class WorkState:
     work: Path
     inputs: dict[str, Any]
     recipe: dict[str, Any] = field(default_factory=dict)
+    speed: dict[str, float] = field(default_factory=dict)
     done: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 

@@ -117,7 +117,7 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(tmp_path.iterdir())
-    assert cli.main([*command, "--scale", "0.5", "--dry-run"]) == 0
+    assert cli.main([*command, "--hours", "1", "--dry-run"]) == 0
     printed = capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
     for title in ("attention transfer", "LoRA", "calibration", "training on"):
@@ -129,7 +129,7 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--scale", "0"], "--scale 0: must be above 0"),
+        (["--hours", "0"], "--hours 0: must be above 0"),
         (["--texts", "nowhere"], "--texts nowhere: no such file or directory"),
         (["--memory", "0.001"], "--memory 0.001: window and hidden state alone take"),
         (["--recipe", "{short}"], "row_length = 256: with window 128"),
@@ -155,10 +155,10 @@ def test_a_working_directory_is_of_one_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def stop(*args: object, **options: object) -> None:
+    def stop(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run.recipe, "derive", stop)
+    monkeypatch.setattr(run, "_plan", stop)
     assert cli.main(command) == cli.INTERRUPTED
     assert cli.main(command) == 2
     assert "holds an earlier run; go on with it by --resume" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lola_vllm.command.linearize import plan
+from lola_vllm.command.linearize.plan import Speed
 from lola_vllm.command.linearize.recipe import (
     check,
     derive,
@@ -93,16 +94,28 @@ def test_every_stage_folds_something(tmp_path: Path, length: int, scale: float) 
     check(made)
 
 
-def test_text_and_scale_bound_the_tokens(smollm2: Path) -> None:
+def test_text_and_hours_bound_the_tokens(smollm2: Path) -> None:
     little = derive(smollm2, text_bytes=400_000)
     assert 90_000 < plan.stage_tokens(little)["transfer"] <= 100_000
     half = derive(smollm2, text_bytes=TEXTS, scale=0.5)
     assert half.train.lora_tokens == 393_216 // 2
-    made = derive(smollm2, text_bytes=400_000, scale=100)  # more than the texts have tokens for
+    speed = Speed(forward=1e-3, transfer=2e-2, lora=3e-2, on=3e-2)
+
+    def seconds_of(scale: float) -> float:
+        made = derive(smollm2, text_bytes=TEXTS, scale=scale)
+        return sum(plan.stage_seconds(made, speed).values())
+
+    for hours in (2.0, 12.0):
+        scale = plan.scale_to(hours, seconds_of)
+        assert seconds_of(scale) / 3600 == pytest.approx(hours, rel=0.03)
+    with pytest.raises(CheckpointError, match=r"--hours 0.1: .* takes 0\.\d+ on this machine"):
+        plan.scale_to(0.1, seconds_of)
+    # More hours than the texts have tokens for.
+    made = derive(smollm2, text_bytes=400_000, scale=plan.scale_to(1e6, seconds_of))
     assert made.train.lora_tokens == pytest.approx(100_000, rel=0.01)
 
 
-def test_a_small_scale_also_takes_fewer_prompts(tmp_path: Path) -> None:
+def test_little_time_also_takes_fewer_prompts(tmp_path: Path) -> None:
     base = write(tmp_path / "qwen", QWEN)
     whole, less, more = (derive(base, text_bytes=TEXTS, scale=scale) for scale in (1, 0.3, 5))
     assert [made.calibrate.prompts for made in (whole, less, more)] == [56, 24, 56]
