@@ -26,8 +26,23 @@ from lola_vllm.memory.sessions.tiers import SessionKey, Stored, Tier
 TOKEN_BYTES = 4  # of a token id, in memory and in files
 
 
-class NotStored(LookupError):
+class SessionError(Exception):
+    """A request that cannot be met.
+
+    Attributes:
+        kind: "bad" (a wrong argument), "not-found", "exists" or "unavailable".
+    """
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+class NotStored(SessionError):
     """Why a state that was asked for is not there, in words."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__("not-found", text)
 
 
 def earliest(times: Iterable[float | None]) -> float | None:
@@ -145,20 +160,20 @@ class Catalog:
                 )
             return sorted(found, key=lambda s: (s.header.turn, s.header.num_tokens))
 
-    def newest(self, session: str, salt: str) -> Stored:
-        """The longest state of a session's last turn.
+    def check_new(self, session: SessionKey, field: str) -> None:
+        """Refuse to make a session that is there.
 
         Args:
-            session: its id. salt: hash of its owner's.
+            field: what the error calls its name.
 
         Raises:
-            NotStored: there is no such session.
+            SessionError: says so.
         """
         with self.lock:
-            states = [s for s in self.members.get(session, {}).values() if s.header.salt == salt]
-            if not states:
-                raise NotStored(f"the session {session} is not kept any more")
-            return max(states, key=lambda s: (s.header.turn, s.header.num_tokens))
+            if session in self.sessions:
+                raise SessionError(
+                    "exists", f"{field} = {session[1]!r}: there is such a session already"
+                )
 
     def on_disk(self, session: str) -> bool:
         """Whether a session, by its id, has a state that has a file or will have one."""
@@ -257,10 +272,6 @@ class Catalog:
                         self._leave(state, tier, last=False)
             self._waiting.discard(state.id)
             self.unlist(state)
-
-    def tokens(self, state: Stored) -> Tokens | None:
-        """The tokens of a state that is not yet in a file; None where only its file has them."""
-        return self._tokens.get(state.id)
 
     def count_failure(self, fault: str) -> None:
         """Count a failure that no outcome tells of."""
