@@ -17,7 +17,7 @@ from lola_vllm.memory.sessions.request import LIBRARY_REQUEST
 from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.sessions.management import check_composing
 from lola_vllm.serving.sessions.owners import owned
-from lola_vllm.serving.sessions.reporting import told
+from lola_vllm.serving.sessions.wrappers import told
 
 if TYPE_CHECKING:
     from lola_vllm.serving.library.protocol import AddRequest

@@ -263,10 +263,8 @@ def test_documents_with_faults_are_refused(tiny: Server, body: dict[str, Any], w
 def test_a_server_that_composes_nothing_says_so(lola_server: Server) -> None:
     client, document = lola_server.client, {"document": "d", "text": HARBOUR}
     lola = {"from": ["one", "two"]}
-    completion = {"model": "smollm2", "prompt": "x", "kv_transfer_params": {"lola": lola}}
     answers = [
         client.post(f"{BASE}/x/documents", json=document),
-        client.post("/v1/completions", json=completion),
         client.post("/v1/lola/sessions/both/compose", json=lola),
     ]
     for answer in answers:
