@@ -67,12 +67,14 @@ async def ask_parts(
     Args:
         salt: the caller's. library, segments: as for `Questions.hear`.
     """
-    asked, owner = await _encoded(engine, f"\n{question.strip()}"), owned(salt)
+    tokenizer: Any = engine.client.renderer.tokenizer
+    text, owner = f"\n{question.strip()}", owned(salt)
+    asked = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=False)
     async with _question(engine) as request:
         async with engine.hearing:
-            heard = await _hear(
-                engine, request=request, asked=len(asked), top=top, salt=owner, library=library,
-                segments=segments,
+            heard = await _answer(
+                engine, "hear", request=request, asked=len(asked), top=top, salt=owner,
+                library=library, segments=segments,
             )  # fmt: skip
             parts = [KnownPart(*part) for part in heard["parts"]]
             async with _deleted_meanwhile(engine, library, parts, owner):
@@ -82,9 +84,9 @@ async def ask_parts(
             if library is not None:
                 read = functools.partial(_texts_of, engine, owner)
                 words = await engine.words.find(owner, library, parts, question, CANDIDATES, read)
-            answer = await _found(
-                engine, request=request, parts=[(part.session, part.tokens) for part in parts],
-                top=top, salt=owner, by_words=words, made=made,
+            answer = await _answer(
+                engine, "found", request=request, top=top, salt=owner, by_words=words, made=made,
+                parts=[(part.session, part.tokens) for part in parts],
             )  # fmt: skip
     return parts, answer
 
@@ -111,20 +113,11 @@ async def _question(engine: LolaEngine) -> AsyncIterator[str]:
             raise
 
 
-async def _hear(engine: LolaEngine, **asked: Any) -> Answer:
-    """Call `Questions.hear`, when no other API process of this server is listening any more."""
+async def _answer(engine: LolaEngine, method: str, **asked: Any) -> Answer:
+    """What a method of `Questions` answers, once no other question is heard, or it is found."""
     while True:
-        answer: Answer = await engine.sessions("hear", **asked)
-        if not answer.get("busy"):
-            return answer
-        await asyncio.sleep(POLL_S)
-
-
-async def _found(engine: LolaEngine, **asked: Any) -> Answer:
-    """Call `Questions.found`, until it is found."""
-    while True:
-        answer: Answer = await engine.sessions("found", **asked)
-        if answer:
+        answer: Answer = await engine.sessions(method, **asked)
+        if answer and not answer.get("busy"):
             return answer
         await asyncio.sleep(POLL_S)
 
@@ -227,12 +220,6 @@ def asked_with(messages: list[Any], before: str) -> list[Any]:
     if isinstance(content, str):
         return [*others, {**last, "content": f"{before}\n\n{content}"}]
     return [*others, {**last, "content": [{"type": "text", "text": before}, *content]}]
-
-
-async def _encoded(engine: LolaEngine, text: str) -> list[int]:
-    tokenizer: Any = engine.client.renderer.tokenizer
-    ids: list[int] = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=False)
-    return ids
 
 
 def last_text(messages: list[Any]) -> str:

@@ -90,10 +90,7 @@ class AddRequest(BaseModel):
         stream: answer with an event for each part that was read.
     """
 
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={"examples": [{"document": "pump.md", "text": "The pump of hall 2 ..."}]},
-    )
+    model_config = ConfigDict(extra="forbid")
 
     document: Annotated[str, AfterValidator(check_title)]
     text: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARS), utf8("text")]
@@ -147,10 +144,7 @@ class FindRequest(BaseModel):
         question: what to look for. top: parts to find.
     """
 
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={"examples": [{"question": "When does the pump start?"}]},
-    )
+    model_config = ConfigDict(extra="forbid")
 
     question: Annotated[str, Field(min_length=1, max_length=10_000), utf8("question")]
     top: int = Field(default=FOUND, ge=1, le=MAX_TOP)
@@ -178,18 +172,6 @@ class _Asks(BaseModel):
 class LibraryChatRequest(_Asks, SessionChatRequest):
     """Body of `POST /v1/lola/libraries/{library}/chat`: that of `/v1/chat/completions`."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"messages": [{"role": "user", "content": "When does the pump start?"}]}]
-        }
-    )
-
 
 class LibraryCompletionRequest(_Asks, SessionCompletionRequest):
     """Body of `POST /v1/lola/libraries/{library}/complete`: that of `/v1/completions`."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"prompt": "\nQuestion: When does the pump start?\nAnswer:"}]
-        }
-    )

@@ -42,16 +42,6 @@ class SessionSummary(BaseModel):
     segments: int
     segment_bytes: int
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "example": {
-                "session": "agent-7", "turn": 3, "turns": [2, 3], "tokens": 1893,
-                "bytes": 36126720, "made_of": [], "created": 1790000000.0, "used": 1790000060.5,
-                "pinned": False, "segments": 0, "segment_bytes": 0,
-            }
-        }
-    )  # fmt: skip
-
 
 class StoredState(BaseModel):
     """A stored state of a session.
@@ -122,10 +112,7 @@ class ChangeRequest(BaseModel):
         session: another name. pinned: keep the newest turn, or the one that is named.
     """
 
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={"examples": [{"session": "agent-8"}, {"pinned": True}]},
-    )
+    model_config = ConfigDict(extra="forbid")
 
     session: NewSession | None = None
     pinned: bool | None = None
@@ -144,9 +131,7 @@ class ForkRequest(BaseModel):
         to: name of the new session.
     """
 
-    model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"to": "agent-7-plan-b"}]}
-    )
+    model_config = ConfigDict(extra="forbid")
 
     to: Annotated[str, AfterValidator(lambda name: check_new_name(name, "to"))]
 
@@ -159,10 +144,7 @@ class ComposeRequest(BaseModel):
         ttl: seconds that the new session is kept; no longer than any of them.
     """
 
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={"examples": [{"from": ["manual", "faq@2", "changes"]}]},
-    )
+    model_config = ConfigDict(extra="forbid")
 
     sources: list[Annotated[str, AfterValidator(lambda name: str(parse_reference(name)))]] = Field(
         alias="from", min_length=1, max_length=MAX_SOURCES
@@ -177,16 +159,6 @@ class AppendRequest(PromptRequest):
         ttl: seconds that the turn is kept. turn: the number of the turn that this one follows, 0
             for a new session; without it, whatever is there. tokens: that the turn covers.
     """
-
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={
-            "examples": [
-                {"prompt": "14:03 pump 2 on\n14:09 pump 2 off\n"},
-                {"messages": [{"role": "user", "content": "The report: ..."}], "turn": 3},
-            ]
-        },
-    )
 
     ttl: Seconds | None = None
     turn: TurnNumber | None = None
@@ -291,21 +263,9 @@ class SessionChatRequest(_Goes, ChatCompletionRequest):
     """Body of `POST /v1/lola/sessions/{session}/chat`: that of `/v1/chat/completions`, with the new
     messages only."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {"messages": [{"role": "user", "content": "And of Italy?"}], "max_tokens": 50}
-            ]
-        }
-    )
-
 
 class SessionCompletionRequest(_Goes, CompletionRequest):
     """Body of `POST /v1/lola/sessions/{session}/complete`: that of `/v1/completions`, with the new
     text or token ids only."""
 
     prompt: Prompt
-
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"prompt": " The pump is", "max_tokens": 20}]}
-    )

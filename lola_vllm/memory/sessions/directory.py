@@ -271,20 +271,19 @@ class StateDirectory:
             if self._refused.get(path.name) == stat.st_mtime_ns:
                 return
             header = self._checked(path)
-        except StateFileError as error:
-            if error.reason == "missing":
+        except OSError:  # another server removed it a moment ago
+            return
+        except Exception as error:  # one file of whatever content must not hide the others
+            reason, text = "damaged", f"{type(error).__name__}: {error}"
+            if isinstance(error, StateFileError):
+                reason, text = error.reason, error.text
+            if reason == "missing":
                 return
             if known:  # whoever loads it finds out
                 found.there.add(state)
                 return
             self._refused[path.name] = stat.st_mtime_ns
-            found.refused[path.name] = (error.reason, error.text)
-            return
-        except OSError:  # another server removed it a moment ago
-            return
-        except Exception as error:  # one file of whatever content must not hide the others
-            self._refused[path.name] = stat.st_mtime_ns
-            found.refused[path.name] = ("damaged", f"{type(error).__name__}: {error}")
+            found.refused[path.name] = (reason, text)
             return
         self._inodes[path.name] = stat.st_ino
         found.there.add(state)

@@ -155,8 +155,7 @@ def read_header(
         StateFileError: the file is missing, unreadable, damaged, of another version or of another
             key.
     """
-    with _Opened(path, key, expected=expected) as file:
-        return file.header
+    return _Opened(path, key, expected=expected).header
 
 
 def read_ahead(paths: Sequence[Path]) -> None:
@@ -191,10 +190,10 @@ def read_tokens(
     Raises:
         StateFileError: as `read_header`.
     """
-    with _Opened(path, key, expected=expected) as file:
-        tokens: Tokens = file.get("tokens").view(np.int32)
-        _check_tokens(path, file.header, tokens)
-        return tokens
+    file = _Opened(path, key, expected=expected)
+    tokens: Tokens = file.get("tokens").view(np.int32)
+    _check_tokens(path, file.header, tokens)
+    return tokens
 
 
 def read_state(
@@ -213,18 +212,15 @@ def read_state(
     Raises:
         StateFileError: as `read_header`, or the file is of another model.
     """
-    with _Opened(path, key, plain, expected) as file:
-        header = file.header
-        if fingerprint is not None:
-            difference = fingerprint.difference(header.fingerprint)
-            if difference:
-                raise StateFileError(path, "foreign", difference)
-        tokens, data = file.get("tokens").view(np.int32), file.get("state")
-        if file.cipher is None and _checksum(file.text, tokens, data) != file.metadata.get(
-            "checksum"
-        ):
-            raise StateFileError(path, "damaged", "the checksum does not fit the content")
-        _check_tokens(path, header, tokens)
+    file = _Opened(path, key, plain, expected)
+    header = file.header
+    difference = fingerprint.difference(header.fingerprint) if fingerprint is not None else None
+    if difference:
+        raise StateFileError(path, "foreign", difference)
+    tokens, data = file.get("tokens").view(np.int32), file.get("state")
+    if file.cipher is None and _checksum(file.text, tokens, data) != file.metadata.get("checksum"):
+        raise StateFileError(path, "damaged", "the checksum does not fit the content")
+    _check_tokens(path, header, tokens)
     return State(header, tokens, data)
 
 
@@ -344,13 +340,6 @@ class _Opened:
             found, shape = tensor.get_dtype(), tensor.get_shape()
             if found != kind or len(shape) != 1 or (name == "tokens" and shape != [count]):
                 raise StateFileError(self.path, "damaged", f"{name}: {found} {shape}")
-
-    def __enter__(self) -> _Opened:
-        self.file.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.file.__exit__(*error)
 
 
 def _check_tokens(path: Path, header: StateHeader, tokens: Tokens) -> None:
