@@ -220,17 +220,16 @@ def places(
     queries: Sequence[Tensor],
     usual: Tensor,
     keys: DocumentKeys,
-    blocks: Tensor | None = None,
-    asked: Sequence[int] = (1, 1),
+    blocks: Tensor,
+    asked: Sequence[int],
 ) -> tuple[Place, ...]:
     """The places of a document that a question reads more than it usually reads anything; where
     there are none, more than it reads the rest of the document.
 
     Args:
         queries: `flat`. usual: `[N, n]`, the largest logit of a document, as a mean over documents.
-        blocks: `_by_block`, where it is known. asked: tokens and query heads of the question.
+        blocks: `_by_block`. asked: tokens and query heads of the question.
     """
-    blocks = _by_block(queries, keys) if blocks is None else blocks
     weights = _excesses(queries, usual, keys, blocks, asked)
     if not bool((weights > 0).any()):
         weights = _excesses(queries, _own(blocks), keys, blocks, asked)

@@ -296,10 +296,9 @@ class StateDirectory:
         """Log what is not used: a line per reason, as a directory may have been given a key."""
         for reason in dict.fromkeys(reason for reason, _ in refused.values()):
             names = [name for name, (other, _) in refused.items() if other == reason]
-            more = f" and {len(names) - 1} more files" if len(names) > 1 else ""
             logger.warning(
-                "LoLA sessions: %s%s in %s: not used (%s): %s",
-                names[0], more, self.path, reason, refused[names[0]][1],
+                "LoLA sessions: %s, one of %d files in %s: not used (%s): %s",
+                names[0], len(names), self.path, reason, refused[names[0]][1],
             )  # fmt: skip
 
     def _checked(self, path: Path) -> StateHeader:

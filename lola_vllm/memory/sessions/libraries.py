@@ -21,18 +21,6 @@ from lola_vllm.memory.sessions.prefix_hash import digest
 from lola_vllm.memory.sessions.tiers import Stored
 
 
-def parts_of(store: Catalog, salt: str, library: str) -> list[Stored]:
-    """The parts of a library's documents, by title and part.
-
-    Args:
-        salt: hash of the owner's.
-
-    Raises:
-        NotStored: there is no such library.
-    """
-    return _current(all_parts(store, salt, library))
-
-
 def replaced_parts(store: Catalog, salt: str, library: str) -> list[Stored]:
     """The parts of documents of which a newer addition is complete."""
     found = list[Stored]()
@@ -70,7 +58,7 @@ def describe_library(store: Catalog, salt: str, library: str) -> dict[str, Any]:
     Raises:
         NotStored: there is no such library.
     """
-    parts = parts_of(store, salt, library)
+    parts = _current(all_parts(store, salt, library))
     documents = []
     for title, states in groupby(parts, key=lambda state: state.header.document):
         own = list(states)

@@ -138,7 +138,7 @@ class Waypoints:
         with store.lock:
             if not branches:
                 room = store.memory.budget * WAYPOINT_SHARE - store.state_bytes(num_tokens)
-                if room < 0 or store.index.with_hash(prefix_hash):
+                if room < 0 or store.index.of(hashes, num_tokens):
                     return None
                 self._newest = deque(state for state in self._newest if state.tiers)
                 while sum(state.nbytes for state in self._newest) > room:

@@ -152,9 +152,8 @@ class SessionStore(Catalog):
             NotStored: there is no room.
         """
         with self.lock:
-            prefix_hash = hashes.prefix_hash(num_tokens)
             named = not turn.session[1].startswith(AUTOMATIC)
-            for there in map(self.states.__getitem__, reversed(self.index.with_hash(prefix_hash))):
+            for there in map(self.states.__getitem__, reversed(self.index.of(hashes, num_tokens))):
                 if not named or there.session == turn.session:
                     self._use(there)
                     if tail and there.session == turn.session:
@@ -200,7 +199,7 @@ class SessionStore(Catalog):
                 turn=turn.number,
                 kind=kind,
                 num_tokens=num_tokens,
-                prefix_hash=prefix_hash.hex(),
+                prefix_hash=hashes.prefix_hash(num_tokens).hex(),
                 block_hash=hashes.block_hash(num_tokens).hex(),
                 fingerprint=self.fingerprint.to_dict(),
                 adapter=adapter,

@@ -80,12 +80,6 @@ class Upkeep:
         with self._store.lock:
             return all(operation.done for operation in self._known.values())
 
-    @property
-    def busy(self) -> set[str]:
-        """States whose files are to be changed."""
-        with self._store.lock:
-            return {s.id for op in self._known.values() if not op.done for s in op.states}
-
     def rewrite(
         self,
         states: list[Stored],
@@ -201,7 +195,8 @@ class Upkeep:
             return
         with store.lock:
             settled = {i for i, s in store.disk.states.items() if len(s.written) == store.ranks}
-            busy = self.busy  # these get a header of ours
+            # These get a header of ours.
+            busy = {s.id for op in self._known.values() if not op.done for s in op.states}
             before = {i: s.header for i, s in store.disk.states.items() if i not in busy}
             known = set(store.states) | store.dropped
         scan = store.directory.scan(known)

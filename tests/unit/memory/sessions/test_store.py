@@ -132,7 +132,7 @@ def test_names_turns_forks_and_deletion(server):
 def assert_empty(server):
     store = server.store
     assert not store.states and not store.sessions and not store._tokens
-    assert not store.index._tails and not store.index._states
+    assert not store.index._states
     assert store.memory.nbytes == store.disk.nbytes == 0
     assert not store.memory._sessions and not store.disk._superseded
     assert all(worker.num_states == worker.num_waiting == 0 for worker in server.workers)
