@@ -77,8 +77,16 @@ async def ask_parts(
                 library=library, segments=segments,
             )  # fmt: skip
             parts = [KnownPart(*part) for part in heard["parts"]]
+            room = most_tokens(engine) - len(heard["before"])
+            if len(asked) > room:
+                raise HTTPException(
+                    HTTPStatus.BAD_REQUEST,
+                    f"question: {len(asked)} tokens; at most {room} can be read after a document",
+                )
             async with _deleted_meanwhile(engine, library, parts, owner):
-                await _read(engine, request, heard["anchor"], heard["before"], asked, salt)
+                # As it is read where it follows a document.
+                params = {"from": heard["anchor"], "save": False}
+                await engine.read(heard["before"] + asked, request, params, salt)
         async with _deleted_meanwhile(engine, library, parts, owner):
             words = None
             if library is not None:
@@ -120,31 +128,6 @@ async def _answer(engine: LolaEngine, method: str, **asked: Any) -> Answer:
         if answer and not answer.get("busy"):
             return answer
         await asyncio.sleep(POLL_S)
-
-
-async def _read(
-    engine: LolaEngine,
-    request_id: str,
-    session: str,
-    before: list[int],
-    asked: list[int],
-    salt: str | None,
-) -> None:
-    """Read a question after a document, as it is when it follows one.
-
-    Args:
-        session: the document's. before, asked: tokens of the document and of the question.
-
-    Raises:
-        HTTPException: both together are too long.
-    """
-    room = most_tokens(engine) - len(before)
-    if len(asked) > room:
-        raise HTTPException(
-            HTTPStatus.BAD_REQUEST,
-            f"question: {len(asked)} tokens; at most {room} can be read after a document",
-        )
-    await engine.read(before + asked, request_id, {"from": session, "save": False}, salt)
 
 
 @asynccontextmanager

@@ -40,7 +40,7 @@ from lola_vllm.serving.sessions.management import (
     reference_of,
 )
 from lola_vllm.serving.sessions.owners import owned
-from lola_vllm.serving.sessions.past import Recalled, forget, read_library, recall
+from lola_vllm.serving.sessions.past import Recalled, read_library, recall
 from lola_vllm.serving.sessions.protocol import (
     AppendRequest,
     AppendResponse,
@@ -175,7 +175,8 @@ async def _answer(
             finish = partial(
                 _read_on, engine, how, transcript, params, salt, spoken(), recalled.said
             )
-            lock.callback(lambda: engine.later(forget(engine, recalled, salt)))
+            made = {"reference": recalled.session, "salt": owned(salt)}
+            lock.callback(lambda: engine.later(engine.sessions("delete", **made)))
             tokens = await how.prompt(recalled.transcript, recalled.before)
             params, sources = {"from": recalled.session, "save": False}, recalled.sources
         elif transcript is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import getpass
 import itertools
 import json
 import os
@@ -18,10 +17,9 @@ if TYPE_CHECKING:
     from lola_vllm.memory.sessions.cipher import StateKey
     from lola_vllm.memory.sessions.inventory import Entry, Inventory, OwnerFilter
 
-_WHO = "none, file:PATH, env:NAME, prompt"
+_WHO = "none, file:PATH, env:NAME"
 _KEYS = f"API keys: {_WHO}; a file or a variable may have several, one a line"
 _NAMES = 8  # of an owner, in the table
-_PROMPT = "API key: "
 
 
 def add_states(parser: argparse.ArgumentParser) -> None:
@@ -44,9 +42,6 @@ def add_states(parser: argparse.ArgumentParser) -> None:
         return verb
 
     listing = add("list", "who has how many states, of which names, and when they were used", _list)
-    listing.add_argument(
-        "--keys", nargs="+", default=[], metavar="WHO", help=f"say what these reach. {_KEYS}"
-    )
     listing.add_argument("--json", action="store_true", help="JSON instead of a table")
     move = add("move", "give the states of one owner to another", _move)
     move.add_argument(
@@ -72,13 +67,12 @@ def read_owners(text: str, option: str, shown: bool = False) -> OwnerFilter:
     """Whose states are meant.
 
     Args:
-        text: `none`; `file:PATH` or `env:NAME`, which have API keys; `prompt`, which asks for one.
+        text: `none`; `file:PATH` or `env:NAME`, which have API keys.
         option: what errors call it. shown: whether it may be an owner as `list` shows it.
 
     Raises:
         InventoryError: it is none of these, or there is no key. The text is not repeated, because
-        it
-            may be a key.
+            it may be a key.
     """
     from lola_vllm.memory.sessions.inventory import InventoryError, OwnerFilter
     from lola_vllm.memory.sessions.owner import SHOWN
@@ -88,9 +82,7 @@ def read_owners(text: str, option: str, shown: bool = False) -> OwnerFilter:
     if shown and re.fullmatch(rf"[0-9a-f]{{{SHOWN}}}", text):
         return OwnerFilter(text, (text,))
     kind, _, place = text.partition(":")
-    if text == "prompt":
-        found = getpass.getpass(_PROMPT)
-    elif kind == "file" and place:
+    if kind == "file" and place:
         try:
             found = Path(place).expanduser().read_text()
         except (OSError, UnicodeDecodeError) as error:
@@ -139,23 +131,16 @@ def _root(args: argparse.Namespace) -> Path:
 
 def _list(args: argparse.Namespace) -> int:
     inventory = _open(args)
-    known = [read_owners(text, "--keys") for text in args.keys]
-    rows = []
-    for owner, states in inventory.owners().items():
-        row = _describe(owner, states)
-        if known:
-            row["reached"] = sum(any(one.has(s.header.salt) for one in known) for s in states)
-        rows.append(row)
+    rows = [_describe(owner, states) for owner, states in inventory.owners().items()]
     if args.json:
         print(json.dumps({"owners": rows}, indent=2))
         return 0
     if not rows:
         print("no states that can be read" if inventory.unread else "no states")
     for row in rows:
-        reached = f", {row['reached']} of them reached" if known else ""
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["used"]))
         print(
-            f"{row['owner']}: {len(row['sessions'])} sessions, {row['states']} states{reached}, "
+            f"{row['owner']}: {len(row['sessions'])} sessions, {row['states']} states, "
             f"{row['bytes'] / 2**20:.1f} MiB, {row['salts']} salts, last used {used}"
         )
         names = row["sessions"][:_NAMES]
