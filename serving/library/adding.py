@@ -158,7 +158,7 @@ async def read_part(
     """Read a part, apart from all else.
 
     Args:
-        session: `part_session`, which is to be its state. ttl: seconds for which it is kept. salt: the caller's.
+        session: `part_session`, which is to be its state. ttl: seconds. salt: the caller's.
 
     Raises:
         HTTPException: it was not stored.
