@@ -234,10 +234,5 @@ def _fetched(
     connector = get_kv_transfer_group()
     assert isinstance(connector, LolaStateConnector) and connector.transfer is not None
     transfer = connector.transfer
-
-    def keys(index: int) -> DocumentKeys:
-        if index == len(parts) and rest is not None:
-            return transfer.newest_keys(*rest)
-        return transfer.document_keys(*parts[index])
-
-    return Fetched(len(parts) + (rest is not None), keys)
+    asked = [*parts, *([] if rest is None else [rest])]
+    return Fetched(len(asked), lambda index: transfer.document_keys(*asked[index]))

@@ -17,7 +17,6 @@ from typing import Any
 
 from lola_vllm.memory.sessions.catalog import Catalog, NotStored
 from lola_vllm.memory.sessions.names import LIBRARY, PAST, addition_of
-from lola_vllm.memory.sessions.prefix_hash import digest
 from lola_vllm.memory.sessions.tiers import Stored
 
 
@@ -82,12 +81,6 @@ def describe_library(store: Catalog, salt: str, library: str) -> dict[str, Any]:
             }
         )
     return _summary(library, parts) | {"documents": documents}
-
-
-def name_of_answer(parts: Sequence[Stored]) -> str:
-    """The session that is composed of parts: the same for the same parts in the same order."""
-    ids = [state.id.encode() for state in parts]
-    return f"{LIBRARY}answer-{digest(b'lola answer', *ids).hex()}"
 
 
 def made_of_parts(

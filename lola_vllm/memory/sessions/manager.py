@@ -5,6 +5,7 @@ Answers are plain dicts and lists, because routes and commands ask from another 
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from lola_vllm.memory.sessions.libraries import (
     describe_libraries,
     describe_library,
     made_of_parts,
-    name_of_answer,
     replaced_parts,
 )
 from lola_vllm.memory.sessions.making import compose, fork, import_state
@@ -38,8 +38,7 @@ from lola_vllm.memory.sessions.upkeep import Operation
 
 Answer = dict[str, Any]
 
-# Seconds for which the server keeps what it composed for a request, for the next that names the
-# same turns.
+# Seconds for which what the server composed for a request stays where nobody deletes it.
 COMPOSED_TTL = 3600.0
 
 
@@ -171,18 +170,16 @@ class SessionManager:
         return [self.tokens(one, salt)["tokens"] for one in sessions]
 
     def compose_parts(self, sources: list[str], salt: str | None = None) -> Answer:
-        """The session that the server composes of others for a request, in the order of their
-        texts, and what `tokens` tells of it. It is made once, and kept for `COMPOSED_TTL`.
+        """A session that the server composes of others for a request, in the order of their texts,
+        and what `tokens` tells of it. It is kept for `COMPOSED_TTL`, if nobody deletes it before.
 
         Args:
             sources: sessions, or turns of them.
         """
-        store = self.store
-        with store.lock:
+        name = f"{LIBRARY}answer-{secrets.token_hex(16)}"
+        with self.store.lock:
             parts = [self._longest(source, salt) for source in sources]
-            name = name_of_answer(parts)
-            if (salt_hash(salt), name) not in store.sessions:
-                compose(store, parts, name, salt_hash(salt), COMPOSED_TTL)
+            compose(self.store, parts, name, salt_hash(salt), COMPOSED_TTL)
         return {"session": name, **self.tokens(name, salt)}
 
     def remove_documents(

@@ -236,7 +236,7 @@ def test_keys_are_not_taken_from_anothers_state(library: Server, newest: bool) -
     exchange(*(library.store.directory.files(state)[0] for state in ids.values()))
     with pytest.raises(StateFileError, match="another state"):
         if newest:
-            worker.newest_keys(ids["alice"], len(HERS), 7)
+            worker.document_keys(ids["alice"], len(HERS), 7)
         else:
             worker.document_keys(ids["alice"], len(HERS))
     library.settle()
