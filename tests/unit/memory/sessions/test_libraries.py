@@ -179,7 +179,7 @@ class Keys:
         self.kept[state] = (row.clone(), num_tokens, disk)
         return self.kept[state]
 
-    def newest(self, row: Tensor, num_tokens: int, count: int) -> object:
+    def of_state(self, row: Tensor, num_tokens: int, count: int) -> object:
         return row.clone(), num_tokens, count
 
     def find(self, state: str) -> object | None:
