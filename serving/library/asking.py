@@ -176,8 +176,6 @@ async def source_of(
 def _texts(
     tokenizer: Any, tokens: list[int], places: list[list[Any]], question: str
 ) -> tuple[Passage, list[dict[str, Any]]]:
-    """The passage for the question, and the texts of places."""
-
     def decoded(ids: list[int]) -> str:
         text: str = tokenizer.decode(ids, skip_special_tokens=True)
         return text

@@ -75,12 +75,12 @@ def read_owners(text: str, option: str, shown: bool = False) -> OwnerFilter:
             it may be a key.
     """
     from lola_vllm.memory.sessions.inventory import InventoryError, OwnerFilter
-    from lola_vllm.memory.sessions.owner import SHOWN
+    from lola_vllm.memory.sessions.owner import SHOWN, owner_of
 
     if text == "none":
-        return OwnerFilter(text, none=True)
+        return OwnerFilter(none=True)
     if shown and re.fullmatch(rf"[0-9a-f]{{{SHOWN}}}", text):
-        return OwnerFilter(text, (text,))
+        return OwnerFilter((text,))
     kind, _, place = text.partition(":")
     if kind == "file" and place:
         try:
@@ -100,7 +100,7 @@ def read_owners(text: str, option: str, shown: bool = False) -> OwnerFilter:
     keys = [line.strip() for line in found.splitlines() if line.strip()]
     if not keys:
         raise InventoryError(f"{option} = {text}: there is no key in it")
-    return OwnerFilter.of_keys(text, keys)
+    return OwnerFilter(tuple(map(owner_of, keys)))
 
 
 def _key(args: argparse.Namespace) -> StateKey | None:

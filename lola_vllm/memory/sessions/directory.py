@@ -248,7 +248,6 @@ class StateDirectory:
         return self.path / f"{state}{DELETED}"
 
     def _sync(self) -> None:
-        """Have the disk know the names of the files."""
         handle = os.open(self.path, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -107,7 +107,6 @@ def _files(model: Path) -> list[str]:
 
 
 def _encrypt_file(path: Path, key: StateKey) -> bool:
-    """Encrypt a file of a state, or of a document's keys; whether it was not encrypted."""
     stat = path.stat()
     if path.name.endswith(KEYS_SUFFIX):
         data = path.read_bytes()

@@ -32,7 +32,7 @@ from lola_vllm.memory.sessions.file import (
 )
 from lola_vllm.memory.sessions.fingerprint import Fingerprint
 from lola_vllm.memory.sessions.names import PAST
-from lola_vllm.memory.sessions.owner import move_salt, owner_of, salt_owner, shown
+from lola_vllm.memory.sessions.owner import move_salt, salt_owner, shown
 from lola_vllm.memory.sessions.prefix_hash import PrefixHashes, digest, namespace
 
 _MODEL = re.compile(r"[0-9a-f]{24}")
@@ -47,18 +47,12 @@ class OwnerFilter:
     """Whose states are meant.
 
     Attributes:
-        label: as the operator named them. owners: 32 hex digits, or the first of them; those of
-            API keys. none: whether states without a key are meant.
+        owners: 32 hex digits, or the first of them; those of API keys. none: whether states without
+            a key are meant.
     """
 
-    label: str
     owners: tuple[str, ...] = ()
     none: bool = False
-
-    @classmethod
-    def of_keys(cls, label: str, keys: Iterable[str]) -> OwnerFilter:
-        """Those who have one of these API keys."""
-        return cls(label, tuple(map(owner_of, keys)))
 
     def has(self, salt: str) -> bool:
         """Whether states with this stored salt are theirs."""

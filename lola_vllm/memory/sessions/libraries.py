@@ -125,7 +125,6 @@ def _complete(parts: Sequence[Stored]) -> bool:
 
 
 def _age(parts: Sequence[Stored]) -> float:
-    """When the last of them was stored."""
     return max(state.header.created for state in parts)
 
 

@@ -375,7 +375,6 @@ class SessionManager:
             return self._describe(key) | {"states": [describe_state(state) for state in states]}
 
     def _describe(self, key: SessionKey) -> Answer:
-        """A session for people."""
         session = self.store.sessions[key]
         states = list(session.states.values())
         newest = max(state.header.turn for state in states)

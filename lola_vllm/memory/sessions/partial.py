@@ -78,7 +78,6 @@ def remove_partials(directory: Path, age: float = PARTIAL_AGE_S) -> int:
 
 
 def _left(path: Path, age: float) -> bool:
-    """Whether a file has no writer any more."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -96,7 +95,6 @@ def _left(path: Path, age: float) -> bool:
 
 
 def _of_dead(name: str) -> bool:
-    """Whether a file's name tells of a process of this machine that has ended."""
     match = _PARTIAL.fullmatch(name)
     if match is None or match[1] != _HOST:
         return False

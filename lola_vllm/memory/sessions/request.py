@@ -120,7 +120,6 @@ def _unknown(lola: Mapping[Any, Any], known: tuple[str, ...]) -> Iterator[str]:
 
 
 def _is_time(value: object) -> bool:
-    """Whether a value is a number of seconds that ends some day."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:

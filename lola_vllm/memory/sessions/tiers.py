@@ -173,12 +173,10 @@ class Tier:
         return state.header.pinned and self.needs(state)
 
     def _is_over_share(self, owner: str) -> bool:
-        """Whether an owner's states make room for others."""
         idle = self._now - self._used[owner] > IDLE_S
         return idle or self._owned[owner] * len(self._owned) > self.budget
 
     def _first(self, keep: SessionKey | None, owners: Iterable[str]) -> list[Stored]:
-        """The states of some owners that leave first."""
         leaving = frozenset(owners)
         for state in self._superseded.values():
             if not self._stays(state) and state.owner in leaving:

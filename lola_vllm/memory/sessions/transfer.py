@@ -191,7 +191,6 @@ class TransferWorker:
         return found
 
     def _row(self, state: str) -> Tensor:
-        """A state's bytes, from memory or its file."""
         data = self._in_memory(state)
         if data is not None:
             return data.wait()

@@ -160,7 +160,6 @@ class Upkeep:
                     self._store.count_failure("upkeep")
 
     def _expire(self) -> None:
-        """Let states expire, and those that could not be removed go."""
         store, leaving = self._store, self._store.expire()
         if time.monotonic() - self._retried > RETRY_S:
             self._retried = time.monotonic()
