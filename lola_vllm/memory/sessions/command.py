@@ -6,7 +6,6 @@ import argparse
 import itertools
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lola_vllm.memory.sessions.cipher import StateKey
-    from lola_vllm.memory.sessions.inventory import Entry, Inventory, OwnerFilter
+    from lola_vllm.memory.sessions.inventory import Entry, Inventory
 
 _WHO = "none, file:PATH, env:NAME"
 _KEYS = f"API keys: {_WHO}; a file or a variable may have several, one a line"
 _NAMES = 8  # of an owner, in the table
+_SHOWN = 16  # digits of an owner
 
 
 def add_states(parser: argparse.ArgumentParser) -> None:
@@ -43,14 +43,6 @@ def add_states(parser: argparse.ArgumentParser) -> None:
 
     listing = add("list", "who has how many states, of which names, and when they were used", _list)
     listing.add_argument("--json", action="store_true", help="JSON instead of a table")
-    move = add("move", "give the states of one owner to another", _move)
-    move.add_argument(
-        "--from", dest="source", required=True, metavar="WHO",
-        help=f"whose they are: {_WHO}, or an owner as 'list' shows it",
-    )  # fmt: skip
-    move.add_argument(
-        "--to", required=True, metavar="WHO", help=f"whose they are to be: {_WHO}; one key"
-    )
     add("encrypt", "encrypt the files that were written without a key, each at once", _encrypt)
     remove = add("rm", "delete what no given key reaches, or all", _remove)
     what = remove.add_mutually_exclusive_group(required=True)
@@ -63,24 +55,21 @@ def add_states(parser: argparse.ArgumentParser) -> None:
     remove.add_argument("--yes", action="store_true", help="do not ask before")
 
 
-def read_owners(text: str, option: str, shown: bool = False) -> OwnerFilter:
-    """Whose states are meant.
+def read_owners(text: str, option: str) -> set[str]:
+    """Whose states are meant, as `key_owner` has them.
 
     Args:
-        text: `none`; `file:PATH` or `env:NAME`, which have API keys.
-        option: what errors call it. shown: whether it may be an owner as `list` shows it.
+        text: `none`; `file:PATH` or `env:NAME`, which have API keys. option: what errors call it.
 
     Raises:
         InventoryError: it is none of these, or there is no key. The text is not repeated, because
             it may be a key.
     """
-    from lola_vllm.memory.sessions.inventory import InventoryError, OwnerFilter
-    from lola_vllm.memory.sessions.owner import SHOWN, owner_of
+    from lola_vllm.memory.sessions.inventory import InventoryError
+    from lola_vllm.memory.sessions.owner import owner_of
 
     if text == "none":
-        return OwnerFilter(none=True)
-    if shown and re.fullmatch(rf"[0-9a-f]{{{SHOWN}}}", text):
-        return OwnerFilter((text,))
+        return {text}
     kind, _, place = text.partition(":")
     if kind == "file" and place:
         try:
@@ -92,15 +81,14 @@ def read_owners(text: str, option: str, shown: bool = False) -> OwnerFilter:
             raise InventoryError(f"{option} = {text}: there is no such environment variable")
         found = os.environ[place]
     else:
-        owner = ", or an owner as 'list' shows it" if shown else ""
         raise InventoryError(
-            f"{option}: must be {_WHO}{owner}. A key itself is not taken, because other users see "
+            f"{option}: must be {_WHO}. A key itself is not taken, because other users see "
             "it in the list of processes"
         )
     keys = [line.strip() for line in found.splitlines() if line.strip()]
     if not keys:
         raise InventoryError(f"{option} = {text}: there is no key in it")
-    return OwnerFilter(tuple(map(owner_of, keys)))
+    return set(map(owner_of, keys))
 
 
 def _key(args: argparse.Namespace) -> StateKey | None:
@@ -155,27 +143,14 @@ def _describe(owner: str, states: Sequence[Entry]) -> dict[str, Any]:
         name = state.header.session
         used[name] = max(used.get(name, 0.0), state.used)
     return {
-        "owner": owner,
+        # All of an owner would be enough to forge a salt.
+        "owner": owner[:_SHOWN],
         "sessions": sorted(used, key=lambda name: -used[name]),
         "states": len(states),
         "bytes": sum(state.nbytes for state in states),
         "salts": len({state.header.salt for state in states}),
         "used": max(used.values()),
     }
-
-
-def _move(args: argparse.Namespace) -> int:
-    from lola_vllm.memory.sessions.inventory import InventoryError
-
-    inventory = _open(args)
-
-    source, target = read_owners(args.source, "--from", shown=True), read_owners(args.to, "--to")
-    if len(target.owners) > 1:
-        raise InventoryError(f"--to = {args.to}: it has {len(target.owners)} keys; give one")
-    failed = inventory.move(source, None if target.none else target.owners[0])
-    for text in failed:
-        print(f"lola-vllm: not moved: {text}", file=sys.stderr)
-    return 2 if failed else 0
 
 
 def _encrypt(args: argparse.Namespace) -> int:
@@ -197,9 +172,8 @@ def _encrypt(args: argparse.Namespace) -> int:
 
 def _remove(args: argparse.Namespace) -> int:
     inventory = _open(args)
-    kept = inventory.of([read_owners(text, "--keep") for text in args.keep or ()])
-    stay = {(state.model, state.header.id) for state in kept}
-    leaving = [s for s in inventory.states if (s.model, s.header.id) not in stay]
+    kept = set[str]().union(*(read_owners(text, "--keep") for text in args.keep or ()))
+    leaving = [state for state in inventory.states if state.owner not in kept]
     unread = sorted(itertools.chain(*inventory.unread.values()))
     for path in unread:
         fate = "it goes too" if args.unread else "it stays; --unread deletes it too"
@@ -219,7 +193,12 @@ def _remove(args: argparse.Namespace) -> int:
         if not sys.stdin.isatty():
             print("lola-vllm: nothing was deleted; --yes deletes without asking", file=sys.stderr)
             return 2
-        if input(f"delete them, and keep {len(kept)} states? [y/N] ").strip().lower() != "y":
+        if (
+            input(f"delete them, and keep {len(inventory.states) - len(leaving)} states? [y/N] ")
+            .strip()
+            .lower()
+            != "y"
+        ):
             print("nothing was deleted")
             return 0
     inventory.delete(leaving)

@@ -14,7 +14,6 @@ from lola_vllm.core.ops.int8 import quantize
 from lola_vllm.memory.documents.keys import DocumentKeys
 from lola_vllm.memory.documents.shelf import KeyShelf
 from lola_vllm.memory.sessions.file import StateFileError, keys_file, read_state, write_state
-from lola_vllm.memory.sessions.inventory import Inventory, OwnerFilter
 from lola_vllm.memory.sessions.names import Part, parse_reference
 from lola_vllm.memory.sessions.prefix_hash import salt_hash
 from lola_vllm.memory.sessions.tiers import Stored
@@ -151,19 +150,6 @@ def test_a_file_of_anothers_is_not_rewritten(
     assert server.ask(method, **arguments, salt="alice")["kind"] == "unavailable"
     assert [path.read_bytes() for path in files] == before
     assert not state_of(server, "alice").header.pinned
-
-
-@each_rank
-def test_an_operator_moves_no_files_that_were_swapped(
-    server: Server, ranks: tuple[int, ...]
-) -> None:
-    directory = server.store.directory
-    inventory = Inventory(directory.path.parent, directory.key)
-    swap(server, ranks)
-    told: list[str] = []
-    (failed,) = inventory.move(OwnerFilter("none", none=True), "ab" * 16, told.append)
-    assert "another state" in failed
-    assert sorted(told) == ["more: 1 states moved", "talk: 1 states moved"]
 
 
 def test_a_header_of_another_text_is_not_taken_over(server: Server) -> None:
