@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field, replace
 
-from lola_vllm.memory.sessions.directory import StateDirectory
+from lola_vllm.memory.sessions.directory import StateDirectory, model_directory
 from lola_vllm.memory.sessions.fingerprint import Fingerprint
 from lola_vllm.memory.sessions.names import PAST, Reference
 from lola_vllm.memory.sessions.orders import DISK, MEMORY, Drop, Order
@@ -116,9 +116,8 @@ class Catalog:
         self.wake: Callable[[], object] = lambda: None  # has an idle engine take the orders
         self.directory: StateDirectory | None = None
         if settings.directory is not None:
-            self.directory = StateDirectory(
-                settings.directory, self.fingerprint, self.ranks, settings.key()
-            )
+            path = model_directory(settings.directory, self.fingerprint)
+            self.directory = StateDirectory(path, self.fingerprint, self.ranks, settings.key())
 
     # What is there.
 

@@ -201,8 +201,6 @@ def _remove(args: argparse.Namespace) -> int:
         ):
             print("nothing was deleted")
             return 0
-    inventory.delete(leaving)
-    if also:
-        inventory.delete_unread()
+    inventory.delete(leaving, also)
     print(f"{len(leaving) + len(also)} states deleted")
     return status

@@ -70,6 +70,7 @@ class StateDirectory:
     its last use, so servers agree on what was used least.
 
     Args:
+        path: `model_directory`. fingerprint: of the model; None: files are not read.
         key: of the files; None: they are not encrypted. Others are not used, and stay.
 
     Raises:
@@ -77,12 +78,13 @@ class StateDirectory:
     """
 
     def __init__(
-        self, root: Path, fingerprint: Fingerprint, ranks: int = 1, key: StateKey | None = None
+        self,
+        path: Path,
+        fingerprint: Fingerprint | None,
+        ranks: int = 1,
+        key: StateKey | None = None,
     ) -> None:
-        self.path = model_directory(root, fingerprint)
-        self.fingerprint = fingerprint
-        self.ranks = ranks
-        self.key = key
+        self.path, self.fingerprint, self.ranks, self.key = path, fingerprint, ranks, key
         self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.path.chmod(0o700)
         if not os.access(self.path, os.W_OK | os.X_OK):
@@ -302,7 +304,7 @@ class StateDirectory:
 
     def _checked(self, path: Path) -> StateHeader:
         header = read_header(path, self.key)
-        difference = self.fingerprint.difference(header.fingerprint)
+        difference = self.fingerprint and self.fingerprint.difference(header.fingerprint)
         if difference:
             raise StateFileError(path, "foreign", difference)
         return header

@@ -5,12 +5,10 @@ No server has to run.
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +17,6 @@ from lola_vllm.memory.sessions.directory import DELETED, StateDirectory, model_d
 from lola_vllm.memory.sessions.file import (
     StateFileError,
     StateHeader,
-    keys_file,
     parse_name,
     rank_files,
     read_ahead,
@@ -81,32 +78,24 @@ class Inventory:
             found[state.owner].append(state)
         return dict(sorted(found.items(), key=lambda item: (item[0] != "none", item[0])))
 
-    def delete(self, states: Iterable[Entry]) -> None:
+    def delete(self, states: Iterable[Entry], unread: Iterable[Path] = ()) -> None:
         """Delete states for good, from the memory of running servers too.
 
+        Args:
+            unread: files of first ranks; their states go.
+
         Raises:
             OSError: a file cannot be removed.
         """
-        models: dict[tuple[Path, int], list[Entry]] = defaultdict(list)
+        found: dict[tuple[Path, int], list[str]] = defaultdict(list)
         for state in states:
-            models[state.model, state.header.ranks].append(state)
-        for group in models.values():
-            self._directory(group[0]).delete([state.header.id for state in group])
-
-    def delete_unread(self) -> None:
-        """Delete what cannot be read for good, with the other ranks' files and the keys.
-
-        Raises:
-            OSError: a file cannot be removed.
-        """
-        for first in itertools.chain(*self.unread.values()):
+            found[state.model, state.header.ranks].append(state.header.id)
+        for first in unread:
             named = parse_name(first.name)
             assert named is not None  # as `_read` found it by its name
-            state, _, ranks = named
-            with suppress(OSError):  # a full disk must not keep what is to be deleted
-                first.with_name(f"{state}{DELETED}").touch(0o600)
-            for path in (*rank_files(first.parent, state, ranks), keys_file(first.parent, state)):
-                path.unlink(missing_ok=True)
+            found[first.parent, named[2]].append(named[0])
+        for (model, ranks), ids in found.items():
+            StateDirectory(model, None, ranks).delete(ids)
 
     def _read(self, model: Path) -> None:
         names = set(os.listdir(model))
@@ -134,10 +123,6 @@ class Inventory:
                 continue
             nbytes = sum(stat.st_size for stat in stats)
             self.states.append(Entry(model, header, nbytes, stats[0].st_mtime))
-
-    def _directory(self, state: Entry) -> StateDirectory:
-        fingerprint = Fingerprint(**state.header.fingerprint)
-        return StateDirectory(self.root, fingerprint, state.header.ranks, self.key)
 
 
 def model_directories(root: Path) -> list[Path]:

@@ -46,14 +46,6 @@ def listed(directory, capsys, *words):
     return {row["owner"]: row for row in json.loads(capsys.readouterr().out)["owners"]}
 
 
-def found(directory, tokens, of, **settings):
-    """Tokens that a server restores for an owner's salt, after a check of the rows."""
-    server = Server(directory, memory=0, **settings)
-    n = server.restore(tokens, salt=of)
-    server.close()
-    return n
-
-
 def test_states_are_listed_by_owner(directory, capsys):
     owner = owner_of("one")[:16]
     rows = listed(directory, capsys)
