@@ -52,7 +52,6 @@ from lola_vllm.serving.sessions.generate import (
     chat_way,
     completion_way,
 )
-from lola_vllm.serving.sessions.lock import lock
 from lola_vllm.serving.sessions.management import (
     REFUSALS,
     Salt,
@@ -60,6 +59,7 @@ from lola_vllm.serving.sessions.management import (
     check_listing,
     engine_of,
     json_body,
+    lock,
     name_of,
 )
 from lola_vllm.serving.sessions.owners import owned

@@ -31,12 +31,12 @@ from lola_vllm.serving.bodies import LolaRoute, refusal
 from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.library.asking import asked_with, last_text
 from lola_vllm.serving.prompt import check_length, prompt_tokens, text_tokens
-from lola_vllm.serving.sessions.lock import lock_session
 from lola_vllm.serving.sessions.management import (
     PREFIX,
     REFUSALS,
     engine_of,
     json_body,
+    lock_session,
     reference_of,
 )
 from lola_vllm.serving.sessions.owners import owned

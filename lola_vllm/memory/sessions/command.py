@@ -101,8 +101,7 @@ def _key(args: argparse.Namespace) -> StateKey | None:
 
 def _open(args: argparse.Namespace) -> Inventory:
     """The states of the directory; what cannot be read is told."""
-    from lola_vllm.memory.sessions.encrypting import unread_words
-    from lola_vllm.memory.sessions.inventory import Inventory
+    from lola_vllm.memory.sessions.inventory import Inventory, unread_words
 
     key = _key(args)
     inventory = Inventory(_root(args), key)
@@ -154,8 +153,7 @@ def _describe(owner: str, states: Sequence[Entry]) -> dict[str, Any]:
 
 
 def _encrypt(args: argparse.Namespace) -> int:
-    from lola_vllm.memory.sessions.encrypting import encrypt
-    from lola_vllm.memory.sessions.inventory import InventoryError
+    from lola_vllm.memory.sessions.inventory import InventoryError, encrypt
 
     key = _key(args)
     if key is None:

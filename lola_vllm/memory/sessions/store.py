@@ -15,8 +15,8 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 from lola_vllm.memory.sessions.catalog import Catalog, NotStored, earliest
-from lola_vllm.memory.sessions.encrypting import KEY_FAULTS, plain_writer, unread_words
 from lola_vllm.memory.sessions.file import StateFileError, StateHeader, read_tokens
+from lola_vllm.memory.sessions.inventory import KEY_FAULTS, plain_writer, unread_words
 from lola_vllm.memory.sessions.names import AUTOMATIC, PAST, Part, Reference, automatic_name
 from lola_vllm.memory.sessions.orders import (
     DISK,

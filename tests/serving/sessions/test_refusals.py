@@ -74,7 +74,7 @@ def test_states_are_taken_where_the_operator_allows_it(client, monkeypatch, allo
 HOLD = """
 import asyncio, sys
 from types import SimpleNamespace
-from lola_vllm.serving.sessions.lock import lock_session
+from lola_vllm.serving.sessions.management import lock_session
 from lola_vllm.memory.sessions.names import Reference
 
 async def store_id():

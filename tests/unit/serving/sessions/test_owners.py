@@ -13,7 +13,7 @@ from lola_vllm.memory.sessions.owner import engine_salt, owner_of
 from lola_vllm.memory.sessions.prefix_hash import salt_hash
 from lola_vllm.serving import plugin
 from lola_vllm.serving.sessions import owners
-from lola_vllm.serving.sessions.lock import lock_session
+from lola_vllm.serving.sessions.management import lock_session
 from lola_vllm.serving.sessions.owners import (
     NO_KEY,
     OwnerMiddleware,
