@@ -162,29 +162,22 @@ async def source_of(
 ) -> Answer:
     """A part that was chosen, as `protocol.Source` has it."""
     part = parts[choice["document"]]
-    passage, places = await asyncio.to_thread(
-        _texts, engine.client.renderer.tokenizer, choice["tokens"], choice["places"], question
+    passage = await asyncio.to_thread(
+        _passage, engine.client.renderer.tokenizer, choice["tokens"], choice["peaks"], question
     )
     return {
         "document": part.document, "part": part.part, "parts": part.parts,
         "session": part.session, "tokens": part.tokens, "score": choice["score"],
         "share": choice["share"], "sentence": passage.sentence, "passage": passage.text,
-        "places": places,
     }  # fmt: skip
 
 
-def _texts(
-    tokenizer: Any, tokens: list[int], places: list[list[Any]], question: str
-) -> tuple[Passage, list[dict[str, Any]]]:
-    def decoded(ids: list[int]) -> str:
-        text: str = tokenizer.decode(ids, skip_special_tokens=True)
-        return text
-
-    shown = [
-        {"text": decoded(tokens[first:last]), "share": share} for first, last, share, _ in places
-    ]
-    read = [len(decoded(tokens[:peak])) for *_, peak in places]
-    return passage_of(decoded(tokens), read, question), shown
+def _passage(tokenizer: Any, tokens: list[int], peaks: list[int], question: str) -> Passage:
+    whole, *read = (
+        tokenizer.decode(ids, skip_special_tokens=True)
+        for ids in (tokens, *(tokens[:peak] for peak in peaks))
+    )
+    return passage_of(whole, list(map(len, read)), question)
 
 
 def with_passages(sources: list[dict[str, Any]]) -> str:

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -191,7 +191,7 @@ class Librarian:
 
         Returns:
             `{}` while it is looked for, else `{"choices": [...]}`, the most read first: `document`
-            (its index), `score`, `share`, `own` and `places`, each first, last, share and peak.
+            (its index), `score`, `share`, `own` and `peaks`.
 
         Raises:
             LookupError: it was not heard, or is forgotten. ValueError: not all of it was heard.
@@ -206,16 +206,7 @@ class Librarian:
         if not question.search.done():
             return {}
         self.drop(request_id)
-        choices = [
-            {
-                "document": choice.document,
-                "score": choice.score,
-                "share": choice.share,
-                "own": choice.own,
-                "places": [list(place) for place in choice.places],
-            }
-            for choice in question.search.result()
-        ]
+        choices = [asdict(choice) for choice in question.search.result()]
         return {"choices": choices}
 
     def drop(self, request_id: str) -> None:

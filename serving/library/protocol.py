@@ -101,13 +101,6 @@ class AddRequest(BaseModel):
     stream: bool = False
 
 
-class SourcePlace(BaseModel):
-    """Text that a question reads, and its share of what the question reads of its document."""
-
-    text: str
-    share: float
-
-
 class Source(BaseModel):
     """A part of a document that an answer is made of.
 
@@ -116,7 +109,6 @@ class Source(BaseModel):
         score: of what the question reads of it; 0 where its words alone were found. share: of the
             scores of all parts that were found.
         sentence: that the question is about. passage: it and its neighbours.
-        places: that are read, the most first.
     """
 
     document: str
@@ -128,7 +120,6 @@ class Source(BaseModel):
     share: float
     sentence: str
     passage: str
-    places: list[SourcePlace]
 
 
 class Found(BaseModel):

@@ -77,7 +77,7 @@ def test_an_answer_names_its_sources(shelf: Server) -> None:
         assert source["sentence"] and source["sentence"] in source["passage"]
         assert len(source["passage"]) > len(source["sentence"]) and source["passage"] in text
         assert 0 <= source["share"] <= 1
-    assert any(source["places"] and source["places"][0]["share"] > 0 for source in sources)
+    assert any(source["score"] > 0 for source in sources)
     told = answer["kv_transfer_params"]["lola"]
     assert told["restored_tokens"] == sources[0]["tokens"] and told["reason"] is None
     # The answer is the same as a stream.

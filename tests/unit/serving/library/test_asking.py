@@ -88,7 +88,7 @@ def test_a_question_crosses_to_the_engine_three_times(monkeypatch: pytest.Monkey
         if method == "hear":
             return HEARD
         assert arguments["made"] == made and arguments["by_words"] == [0]
-        choice = {"document": 0, "score": 2.0, "share": 0.5, "places": [[0, 9, 1.0, 3]]}
+        choice = {"document": 0, "score": 2.0, "share": 0.5, "peaks": [3]}
         return {"found": [{**choice, "tokens": [5] * 40}], "transcript": transcript}
 
     async def read(*_: Any) -> None:
