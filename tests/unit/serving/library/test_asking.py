@@ -54,11 +54,12 @@ def test_it_is_told_that_a_document_is_gone(
         return []
 
     forgotten: list[str] = []
-    monkeypatch.setattr(asking, "_encoded", nothing)
+    tokenizer = SimpleNamespace(encode=lambda *_, **__: [])
     monkeypatch.setattr(asking, "most_tokens", lambda _: 100)
     engine: Any = SimpleNamespace(
         sessions=sessions, ask_workers=workers, read=nothing, later=asyncio.ensure_future,
         hearing=asyncio.Lock(), questions=Turns(), words=SimpleNamespace(find=nothing),
+        client=SimpleNamespace(renderer=SimpleNamespace(tokenizer=tokenizer)),
     )  # fmt: skip
     with pytest.raises(HTTPException) as refused:
         asyncio.run(asked(engine))
