@@ -169,8 +169,10 @@ async def _answer(
         lock.enter_context(await lock_session(engine, reference, salt))
         transcript = await _transcript(engine, reference, body)
         recalled = await _recalled(engine, reference, transcript, body)
-        params, finish, sources = _params(reference, transcript, body.ttl), None, []
+        params = _params(reference, transcript, body.ttl)
         tokens: list[int] | None = None
+        sources: list[dict[str, Any]] = []
+        finish: Finish | None = None
         if recalled is not None and transcript is not None:
             finish = partial(
                 _read_on, engine, how, transcript, params, salt, spoken(), recalled.said

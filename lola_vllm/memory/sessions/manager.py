@@ -52,8 +52,7 @@ class SessionManager:
     METHODS = (
         "sessions", "show", "tokens", "fork", "compose", "rename", "pin", "delete", "clear",
         "files", "import_file", "stats", "result", "libraries", "library", "texts",
-        "compose_parts",
-        "remove_documents", "past",
+        "compose_parts", "remove_documents", "past",
     )  # fmt: skip
 
     def __init__(self, store: SessionStore) -> None:

@@ -164,10 +164,10 @@ class SessionStore(Catalog):
             nameless = parent is not None and parent.nameless
             if tiers is None:
                 tiers = self.tiers_for(turn.session[1], nameless)
-            past = part is not None and part.library == PAST
-            if part is not None and past and part.document not in self.members:
-                raise NotStored(f"the session {part.document} is not kept any more")
-            if part is not None and past and not self.on_disk(part.document):
+            past = part.document if part is not None and part.library == PAST else None
+            if past is not None and past not in self.members:
+                raise NotStored(f"the session {past} is not kept any more")
+            if past is not None and not self.on_disk(past):
                 tiers = [self.memory]  # a session's text is nowhere that the session is not
             tiers = [tier for tier in tiers if tier.fits(nbytes)]
             if not tiers and self.disk.fits(nbytes):
@@ -192,7 +192,7 @@ class SessionStore(Catalog):
             until = parent.header.until if parent else None
             session = self.sessions.get(turn.session)
             # What is of a session's text goes with the session.
-            expires = None if ttl is None or past else now + ttl
+            expires = None if ttl is None or past is not None else now + ttl
             header = StateHeader(
                 id=secrets.token_hex(16),
                 session=turn.session[1],
