@@ -1,4 +1,4 @@
-"""Routes to list, show, rename, pin, fork, delete, export and import sessions."""
+"""Routes to list, show, rename, fork, delete, export and import sessions."""
 
 from __future__ import annotations
 
@@ -88,20 +88,9 @@ async def tokens(session: str, raw_request: Request, salt: Salt = None) -> dict[
 
 @router.patch("/{session}", response_model=SessionDetail, dependencies=json_body)
 async def change(session: str, body: ChangeRequest, raw_request: Request, salt: Salt = None) -> Any:
-    """Rename a session, or pin one of its turns, or both."""
-    reference, found = reference_of(session), None
-    if body.session is not None:
-        name_of(session)
-    if body.pinned is not None:
-        found = await ask(
-            raw_request, "pin", salt, writes=reference, reference=str(reference),
-            pinned=body.pinned,
-        )  # fmt: skip
-    if body.session is not None:
-        found = await ask(
-            raw_request, "rename", salt, writes=reference, session=session, to=body.session
-        )
-    return found
+    """Rename a session."""
+    name = Reference(name_of(session))
+    return await ask(raw_request, "rename", salt, writes=name, session=session, to=body.session)
 
 
 @router.delete("/{session}", response_model=Deleted)

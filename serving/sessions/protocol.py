@@ -25,7 +25,7 @@ class SessionSummary(BaseModel):
         session: its name. turn: the number of its last turn. turns: those that are kept.
         tokens: that its last turn covers. bytes: of all its states.
         made_of: the sessions and turns of which it was composed, in order.
-        created, used: seconds since 1970. pinned: whether a turn of it stays whatever is stored.
+        created, used: seconds since 1970.
         segments, segment_bytes: of its text, which were read apart to come back for questions; they
             go with the session.
     """
@@ -38,7 +38,6 @@ class SessionSummary(BaseModel):
     made_of: list[str]
     created: float
     used: float
-    pinned: bool
     segments: int
     segment_bytes: int
 
@@ -64,7 +63,6 @@ class StoredState(BaseModel):
     created: float
     used: float
     expires: float | None
-    pinned: bool
     superseded: bool
     adapter: str
     parent: str | None
@@ -109,19 +107,12 @@ class ChangeRequest(BaseModel):
     """Body of `PATCH /v1/lola/sessions/{session}`.
 
     Attributes:
-        session: another name. pinned: keep the newest turn, or the one that is named.
+        session: another name.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    session: NewSession | None = None
-    pinned: bool | None = None
-
-    @model_validator(mode="after")
-    def _something(self) -> Self:
-        if self.session is None and self.pinned is None:
-            raise ValueError("give 'session' (another name), 'pinned', or both")
-        return self
+    session: NewSession
 
 
 class ForkRequest(BaseModel):

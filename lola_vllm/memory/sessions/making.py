@@ -23,7 +23,7 @@ from lola_vllm.memory.sessions.tiers import Stored, Tier
 
 # Fields of a header that a new session does not take over.
 _OWN: dict[str, Any] = {
-    "turn": 1, "pinned": False, "library": "", "document": "", "part": 0, "parts": 0,
+    "turn": 1, "library": "", "document": "", "part": 0, "parts": 0,
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What people do with sessions: list, look, fork, rename, pin, delete, export and import.
+"""What people do with sessions: list, look, fork, rename, delete, export and import.
 
 Answers are plain dicts and lists, because routes and commands ask from another process.
 """
@@ -50,7 +50,7 @@ class SessionManager:
     """
 
     METHODS = (
-        "sessions", "show", "tokens", "fork", "compose", "rename", "pin", "delete", "clear",
+        "sessions", "show", "tokens", "fork", "compose", "rename", "delete", "clear",
         "files", "import_file", "stats", "result", "libraries", "library", "texts",
         "compose_parts", "remove_documents", "past",
     )  # fmt: skip
@@ -76,7 +76,7 @@ class SessionManager:
             return {"error": f"{type(error).__name__}: {error}", "kind": "unavailable"}
 
     def result(self, operation: int) -> Any:
-        """What became of a rename, a pin or a deletion that was answered with its number.
+        """What became of a rename or a deletion that was answered with its number.
 
         Returns:
             `{"operation": number}` while it is not over, else what the method answers.
@@ -262,38 +262,6 @@ class SessionManager:
                 store.write(state)
             return self._ended(operation)
 
-    def pin(self, reference: str, pinned: bool = True, salt: str | None = None) -> Answer:
-        """Keep the newest turn of a session, or the turn that is named, whatever is stored."""
-        store, session = self.store, parse_reference(reference).session
-        with store.lock:
-            states = self._turn(reference, salt)
-            if pinned:
-                self._check_pin(states)
-            changing = [state for state in states if state.header.pinned != pinned]
-            operation = store.upkeep.rewrite(
-                changing, answer=lambda: self.show(session, salt), pinned=pinned
-            )
-            return self._ended(operation)
-
-    def _check_pin(self, states: list[Stored]) -> None:
-        """Refuse a pin that would leave others no room.
-
-        Half of a budget can be pinned, and an owner may pin an equal share of this half.
-        """
-        owner = states[0].owner
-        for tier in (self.store.memory, self.store.disk):
-            new = sum(s.nbytes for s in states if not s.header.pinned and tier.needs(s))
-            everybody, own = tier.pinned() + new, tier.pinned(owner) + new
-            half = tier.budget // 2
-            share = half // max(1, tier.owners)
-            if new and (everybody > half or own > share):
-                raise SessionError(
-                    "unavailable",
-                    f"{everybody} bytes of {tier.name} would be pinned, {own} of them here; at "
-                    f"most half of {tier.budget} can be, and {share} here: unpin another, or "
-                    "raise the budget",
-                )
-
     def delete(self, reference: str, salt: str | None = None) -> Answer:
         """Delete a session, or one of its turns: from memory and from the disk.
 
@@ -312,7 +280,7 @@ class SessionManager:
             return self._ended(self.store.upkeep.delete(states + answers, lambda: answer))
 
     def clear(self) -> Answer:
-        """Delete all sessions of this model, whoever they belong to, pinned ones too."""
+        """Delete all sessions of this model, whoever they belong to."""
         with self.store.lock:
             states = list(self.store.states.values())
             for state in states:
@@ -387,7 +355,6 @@ class SessionManager:
             "made_of": next((s.header.made_of for s in states if s.header.made_of), []),
             "created": min(state.header.created for state in states),
             "used": max(state.used for state in states),
-            "pinned": any(state.header.pinned for state in states),
             "segments": len(segments),
             "segment_bytes": sum(state.nbytes for state in segments),
         }
@@ -430,7 +397,6 @@ def describe_state(state: Stored) -> Answer:
         "created": header.created,
         "used": state.used,
         "expires": header.expires,
-        "pinned": header.pinned,
         "superseded": state.superseded,
         "adapter": header.adapter.partition(":")[0],
         "parent": header.parent,

@@ -144,7 +144,7 @@ class Waypoints:
                 while sum(state.nbytes for state in self._newest) > room:
                     store.supersede(self._newest.popleft())
             turn = store.open_turn(SHARED + prefix_hash.hex()[:16], parent, salt)
-            with suppress(NotStored):  # all that is stored is pinned
+            with suppress(NotStored):  # there is no room
                 state, _ = store.save(
                     turn, hashes, num_tokens, "prompt", state_index, adapter=adapter,
                     parent=parent, ttl=ttl, within=within,

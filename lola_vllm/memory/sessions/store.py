@@ -221,7 +221,7 @@ class SessionStore(Catalog):
             tokens = hashes.tokens[:num_tokens]
             self.add(state, tiers, tokens)
             if not state.tiers:
-                raise NotStored("all that is stored is pinned, and the budgets are spent")
+                raise NotStored("the budgets are spent for states that are newer")
             self._orders.append(
                 Save(
                     header,

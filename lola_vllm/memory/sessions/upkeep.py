@@ -1,7 +1,7 @@
 """What a store does by itself, in a thread: expiry, a look at the directory, changes of files.
 
 A change of files takes as long as the disk does, and the store is called in the scheduler's thread.
-So a rename, a pin and a deletion are operations that this thread carries out. Who asked for one
+So a rename and a deletion are operations that this thread carries out. Who asked for one
 looks again until it is done.
 """
 
@@ -33,7 +33,7 @@ MAX_OPERATIONS = 1000
 # A file that could not be removed is tried again after so long.
 RETRY_S = 60.0
 # Fields of a header that servers change in a file.
-_CHANGED = ("session", "turn", "kind", "tail", "pinned", "expires")
+_CHANGED = ("session", "turn", "kind", "tail")
 
 
 @dataclass(eq=False)

@@ -36,7 +36,7 @@ ROUTES = {
     "show": ("GET", "/a", None),
     "tokens": ("GET", "/a@3/tokens", None),
     "state": ("GET", "/a/state", None),
-    "change": ("PATCH", "/a", {"pinned": True}),
+    "change": ("PATCH", "/a", {"session": "b"}),
     "delete": ("DELETE", "/a", None),
     "fork": ("POST", "/a/fork", {"to": "b"}),
     "append": ("POST", "/a/append", {"prompt": "x"}),

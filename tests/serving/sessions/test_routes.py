@@ -141,9 +141,8 @@ def test_list_show_fork_rename_pin_and_delete(tiny):
     assert on["turn"] == 4 and on["restored_tokens"] == len(said(tiny, "agent@1"))
     assert said(tiny, "agent@3") == ids != said(tiny, "agent")
 
-    change = {"session": "plan-c", "pinned": True}
-    changed = ok(tiny.client.patch(f"{BASE}/plan-b", json=change))
-    assert changed["pinned"] and changed["session"] == "plan-c"
+    changed = ok(tiny.client.patch(f"{BASE}/plan-b", json={"session": "plan-c"}))
+    assert changed["session"] == "plan-c"
     refused(tiny.client.get(f"{BASE}/plan-b"), 404, "'plan-b'")
     refused(tiny.client.patch(f"{BASE}/plan-c", json={"session": "agent"}), 409, "already")
     assert ok(tiny.client.delete(f"{BASE}/agent@2"))["deleted"] == 1

@@ -168,7 +168,7 @@ def test_ten_thousand_sessions_through_a_budget_of_a_hundred(tmp_path, memory, d
     assert_empty(server)
 
 
-def test_superseded_turns_leave_before_whole_sessions_and_pins_stay():
+def test_superseded_turns_leave_before_whole_sessions():
     server = Server(memory=4 * size_of(40))
     server.say(TEXT[:10], "old")
     server.say(TEXT[:20], "chat")
@@ -176,18 +176,10 @@ def test_superseded_turns_leave_before_whole_sessions_and_pins_stay():
     server.say(TEXT[:40], "chat")
     server.say(TEXT[:50], "chat")  # turn 1 of the chat goes, not the older session
     assert server.manager.show("chat")["turns"] == [2, 3, 4]
-    server.manager.pin("old")
     for n in range(5):
         server.say([n, n, n], f"other-{n}")
     names = {one["session"] for one in server.manager.sessions()}
-    assert "old" in names and "chat" not in names
-    with pytest.raises(Exception, match="at most half"):
-        for name in ("other-4", "other-3"):
-            server.manager.pin(name)
-    server.manager.pin("old", pinned=False)
-    for n in range(5):
-        server.say([n, n, n, n], f"another-{n}")
-    assert "old" not in {one["session"] for one in server.manager.sessions()}
+    assert not {"old", "chat"} & names
 
 
 def test_states_expire(tmp_path):
@@ -328,8 +320,8 @@ def test_threads_use_a_store_at_once(tmp_path):
             for i in range(300):
                 server.manager.sessions()
                 server.manager.call("fork", {"reference": "s-1", "to": f"fork-{i}"})
-                server.manager.call("pin", {"reference": f"fork-{i}"})
-                server.manager.call("delete", {"reference": f"fork-{i - 5}"})
+                server.manager.call("rename", {"session": f"fork-{i}", "to": f"twig-{i}"})
+                server.manager.call("delete", {"reference": f"twig-{i - 5}"})
                 server.store.upkeep.refresh()
         except Exception as error:
             faults.append(error)
