@@ -225,5 +225,5 @@ def _fetched(
     connector = get_kv_transfer_group()
     assert isinstance(connector, LolaStateConnector) and connector.transfer is not None
     transfer = connector.transfer
-    asked = [*parts, *([] if rest is None else [rest])]
+    asked: list[tuple[Any, ...]] = [*parts, *([] if rest is None else [rest])]
     return Fetched(len(asked), lambda index: transfer.document_keys(*asked[index]))

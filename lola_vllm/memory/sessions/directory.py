@@ -304,7 +304,8 @@ class StateDirectory:
 
     def _checked(self, path: Path) -> StateHeader:
         header = read_header(path, self.key)
-        difference = self.fingerprint and self.fingerprint.difference(header.fingerprint)
+        assert self.fingerprint is not None  # where files are read
+        difference = self.fingerprint.difference(header.fingerprint)
         if difference:
             raise StateFileError(path, "foreign", difference)
         return header
