@@ -121,7 +121,7 @@ class Asker:
     def passage(self, part: int, choice: Choice | None, question: str) -> Passage:
         """What is shown of a part."""
         decode, tokens = self.reader.tokenizer.decode, self.parts[part].tokens
-        read = [len(decode(tokens[: p.peak])) for p in (choice.places if choice else ())]
+        read = [len(decode(tokens[:peak])) for peak in (choice.peaks if choice else ())]
         return passage_of(decode(tokens), read, question)
 
 

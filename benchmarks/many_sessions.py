@@ -47,7 +47,7 @@ from common import MIB, ROOT, serving, write_report
 
 from lola_vllm.command.client import ClientError
 from lola_vllm.command.client.server import Server, path
-from lola_vllm.memory.sessions.directory import StateDirectory
+from lola_vllm.memory.sessions.directory import StateDirectory, model_directory
 from lola_vllm.memory.sessions.file import StateHeader, write_state
 from lola_vllm.memory.sessions.fingerprint import Fingerprint
 from lola_vllm.memory.sessions.prefix_hash import PrefixHashes, namespace, token_array
@@ -277,7 +277,7 @@ def scan(args: argparse.Namespace, root: Path) -> dict[str, float]:
     )
     settings = StoreSettings(directory=root, disk=2**50)
     row = np.zeros(SCAN_ROW, np.uint8)
-    directory = StateDirectory(root, fingerprint)
+    directory = StateDirectory(model_directory(root, fingerprint), fingerprint)
     for i in range(args.sessions):
         tokens = token_array(range(i, i + SHORTEST))
         hashes = PrefixHashes(namespace(fingerprint.key), tokens)

@@ -81,7 +81,7 @@ class LolaEndpoints:
         keys = args.api_key or [envs.VLLM_API_KEY or ""]
         state.lola_access = Access(keys, _settings(engine.config), args)
         state.lola_owners = Owners(keys) if engine.is_lola else None
-        wrap_generate(engine_client, engine if stores else None)
+        wrap_generate(engine_client, stores)
         state.lola_metrics = LolaMetrics(engine) if engine.is_lola else None
         state.lola_pages = describe_pages(args)
 

@@ -17,7 +17,7 @@ from lola_vllm.memory.sessions.request import LIBRARY_REQUEST
 from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.sessions.management import check_composing
 from lola_vllm.serving.sessions.owners import owned
-from lola_vllm.serving.sessions.reporting import told
+from lola_vllm.serving.sessions.wrappers import told
 
 if TYPE_CHECKING:
     from lola_vllm.serving.library.protocol import AddRequest
@@ -133,11 +133,9 @@ async def read_parts(
         for number, tokens in enumerate(parts, start=1):
             part = Part(library, body.document, number, len(parts))
             name = part_session(addition, number)
-            session = await read_part(engine, part, name, tokens, body.ttl, body.cache_salt)
+            await read_part(engine, part, name, tokens, body.ttl, body.cache_salt)
             complete = number == len(parts)
-            yield {
-                "part": number, "parts": len(parts), "session": session, "tokens": len(tokens)
-            }  # fmt: skip
+            yield {"part": number, "parts": len(parts), "session": name, "tokens": len(tokens)}
     finally:
         if not complete:
             drop_addition(engine, library, body, addition)
@@ -156,11 +154,11 @@ async def read_part(
     tokens: list[int],
     ttl: float | None,
     salt: str | None,
-) -> str:
-    """Read a part, apart from all else, and return the session that is its state.
+) -> None:
+    """Read a part, apart from all else.
 
     Args:
-        session: `part_session`. ttl: seconds for which it is kept. salt: the caller's.
+        session: `part_session`, which is to be its state. ttl: seconds. salt: the caller's.
 
     Raises:
         HTTPException: it was not stored.
@@ -178,4 +176,3 @@ async def read_part(
             f"part {part.part} of {part.parts} was not stored ({reason or said.get('reason')}); "
             "the document is not in the library",
         )
-    return session

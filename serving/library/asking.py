@@ -67,24 +67,34 @@ async def ask_parts(
     Args:
         salt: the caller's. library, segments: as for `Questions.hear`.
     """
-    asked, owner = await _encoded(engine, f"\n{question.strip()}"), owned(salt)
+    tokenizer: Any = engine.client.renderer.tokenizer
+    text, owner = f"\n{question.strip()}", owned(salt)
+    asked = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=False)
     async with _question(engine) as request:
         async with engine.hearing:
-            heard = await _hear(
-                engine, request=request, asked=len(asked), top=top, salt=owner, library=library,
-                segments=segments,
+            heard = await _answer(
+                engine, "hear", request=request, asked=len(asked), top=top, salt=owner,
+                library=library, segments=segments,
             )  # fmt: skip
             parts = [KnownPart(*part) for part in heard["parts"]]
+            room = most_tokens(engine) - len(heard["before"])
+            if len(asked) > room:
+                raise HTTPException(
+                    HTTPStatus.BAD_REQUEST,
+                    f"question: {len(asked)} tokens; at most {room} can be read after a document",
+                )
             async with _deleted_meanwhile(engine, library, parts, owner):
-                await _read(engine, request, heard["anchor"], heard["before"], asked, salt)
+                # As it is read where it follows a document.
+                params = {"from": heard["anchor"], "save": False}
+                await engine.read(heard["before"] + asked, request, params, salt)
         async with _deleted_meanwhile(engine, library, parts, owner):
             words = None
             if library is not None:
                 read = functools.partial(_texts_of, engine, owner)
                 words = await engine.words.find(owner, library, parts, question, CANDIDATES, read)
-            answer = await _found(
-                engine, request=request, parts=[(part.session, part.tokens) for part in parts],
-                top=top, salt=owner, by_words=words, made=made,
+            answer = await _answer(
+                engine, "found", request=request, top=top, salt=owner, by_words=words, made=made,
+                parts=[(part.session, part.tokens) for part in parts],
             )  # fmt: skip
     return parts, answer
 
@@ -111,47 +121,13 @@ async def _question(engine: LolaEngine) -> AsyncIterator[str]:
             raise
 
 
-async def _hear(engine: LolaEngine, **asked: Any) -> Answer:
-    """Call `Questions.hear`, when no other API process of this server is listening any more."""
+async def _answer(engine: LolaEngine, method: str, **asked: Any) -> Answer:
+    """What a method of `Questions` answers, once no other question is heard, or it is found."""
     while True:
-        answer: Answer = await engine.sessions("hear", **asked)
-        if not answer.get("busy"):
+        answer: Answer = await engine.sessions(method, **asked)
+        if answer and not answer.get("busy"):
             return answer
         await asyncio.sleep(POLL_S)
-
-
-async def _found(engine: LolaEngine, **asked: Any) -> Answer:
-    """Call `Questions.found`, until it is found."""
-    while True:
-        answer: Answer = await engine.sessions("found", **asked)
-        if answer:
-            return answer
-        await asyncio.sleep(POLL_S)
-
-
-async def _read(
-    engine: LolaEngine,
-    request_id: str,
-    session: str,
-    before: list[int],
-    asked: list[int],
-    salt: str | None,
-) -> None:
-    """Read a question after a document, as it is when it follows one.
-
-    Args:
-        session: the document's. before, asked: tokens of the document and of the question.
-
-    Raises:
-        HTTPException: both together are too long.
-    """
-    room = most_tokens(engine) - len(before)
-    if len(asked) > room:
-        raise HTTPException(
-            HTTPStatus.BAD_REQUEST,
-            f"question: {len(asked)} tokens; at most {room} can be read after a document",
-        )
-    await engine.read(before + asked, request_id, {"from": session, "save": False}, salt)
 
 
 @asynccontextmanager
@@ -186,31 +162,22 @@ async def source_of(
 ) -> Answer:
     """A part that was chosen, as `protocol.Source` has it."""
     part = parts[choice["document"]]
-    passage, places = await asyncio.to_thread(
-        _texts, engine.client.renderer.tokenizer, choice["tokens"], choice["places"], question
+    passage = await asyncio.to_thread(
+        _passage, engine.client.renderer.tokenizer, choice["tokens"], choice["peaks"], question
     )
     return {
         "document": part.document, "part": part.part, "parts": part.parts,
         "session": part.session, "tokens": part.tokens, "score": choice["score"],
         "share": choice["share"], "sentence": passage.sentence, "passage": passage.text,
-        "places": places,
     }  # fmt: skip
 
 
-def _texts(
-    tokenizer: Any, tokens: list[int], places: list[list[Any]], question: str
-) -> tuple[Passage, list[dict[str, Any]]]:
-    """The passage for the question, and the texts of places."""
-
-    def decoded(ids: list[int]) -> str:
-        text: str = tokenizer.decode(ids, skip_special_tokens=True)
-        return text
-
-    shown = [
-        {"text": decoded(tokens[first:last]), "share": share} for first, last, share, _ in places
-    ]
-    read = [len(decoded(tokens[:peak])) for *_, peak in places]
-    return passage_of(decoded(tokens), read, question), shown
+def _passage(tokenizer: Any, tokens: list[int], peaks: list[int], question: str) -> Passage:
+    whole, *read = (
+        tokenizer.decode(ids, skip_special_tokens=True)
+        for ids in (tokens, *(tokens[:peak] for peak in peaks))
+    )
+    return passage_of(whole, list(map(len, read)), question)
 
 
 def with_passages(sources: list[dict[str, Any]]) -> str:
@@ -227,12 +194,6 @@ def asked_with(messages: list[Any], before: str) -> list[Any]:
     if isinstance(content, str):
         return [*others, {**last, "content": f"{before}\n\n{content}"}]
     return [*others, {**last, "content": [{"type": "text", "text": before}, *content]}]
-
-
-async def _encoded(engine: LolaEngine, text: str) -> list[int]:
-    tokenizer: Any = engine.client.renderer.tokenizer
-    ids: list[int] = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=False)
-    return ids
 
 
 def last_text(messages: list[Any]) -> str:

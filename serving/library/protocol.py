@@ -90,10 +90,7 @@ class AddRequest(BaseModel):
         stream: answer with an event for each part that was read.
     """
 
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={"examples": [{"document": "pump.md", "text": "The pump of hall 2 ..."}]},
-    )
+    model_config = ConfigDict(extra="forbid")
 
     document: Annotated[str, AfterValidator(check_title)]
     text: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARS), utf8("text")]
@@ -104,13 +101,6 @@ class AddRequest(BaseModel):
     stream: bool = False
 
 
-class SourcePlace(BaseModel):
-    """Text that a question reads, and its share of what the question reads of its document."""
-
-    text: str
-    share: float
-
-
 class Source(BaseModel):
     """A part of a document that an answer is made of.
 
@@ -119,7 +109,6 @@ class Source(BaseModel):
         score: of what the question reads of it; 0 where its words alone were found. share: of the
             scores of all parts that were found.
         sentence: that the question is about. passage: it and its neighbours.
-        places: that are read, the most first.
     """
 
     document: str
@@ -131,7 +120,6 @@ class Source(BaseModel):
     share: float
     sentence: str
     passage: str
-    places: list[SourcePlace]
 
 
 class Found(BaseModel):
@@ -147,10 +135,7 @@ class FindRequest(BaseModel):
         question: what to look for. top: parts to find.
     """
 
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={"examples": [{"question": "When does the pump start?"}]},
-    )
+    model_config = ConfigDict(extra="forbid")
 
     question: Annotated[str, Field(min_length=1, max_length=10_000), utf8("question")]
     top: int = Field(default=FOUND, ge=1, le=MAX_TOP)
@@ -178,18 +163,6 @@ class _Asks(BaseModel):
 class LibraryChatRequest(_Asks, SessionChatRequest):
     """Body of `POST /v1/lola/libraries/{library}/chat`: that of `/v1/chat/completions`."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"messages": [{"role": "user", "content": "When does the pump start?"}]}]
-        }
-    )
-
 
 class LibraryCompletionRequest(_Asks, SessionCompletionRequest):
     """Body of `POST /v1/lola/libraries/{library}/complete`: that of `/v1/completions`."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"prompt": "\nQuestion: When does the pump start?\nAnswer:"}]
-        }
-    )

@@ -8,10 +8,10 @@ import secrets
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, suppress
 from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from starlette.responses import Response
 from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
@@ -44,13 +44,14 @@ from lola_vllm.serving.library.protocol import (
 from lola_vllm.serving.prompt import check_length
 from lola_vllm.serving.protocol import check_utf8
 from lola_vllm.serving.sessions.generate import (
+    DONE,
+    STREAM,
     LockedStream,
     Way,
+    answered,
     chat_way,
     completion_way,
-    with_report,
 )
-from lola_vllm.serving.sessions.lock import lock
 from lola_vllm.serving.sessions.management import (
     REFUSALS,
     Salt,
@@ -58,17 +59,15 @@ from lola_vllm.serving.sessions.management import (
     check_listing,
     engine_of,
     json_body,
+    lock,
     name_of,
 )
 from lola_vllm.serving.sessions.owners import owned
 from lola_vllm.serving.sessions.protocol import Deleted
-from lola_vllm.serving.sessions.reporting import reported
 from lola_vllm.serving.sessions.template_boundary import Transcript
 
 PREFIX = "/v1/lola/libraries"
-_STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
 _BUSY: dict[int | str, dict[str, Any]] = {429: {"model": ErrorResponse}}
-_DONE = "data: [DONE]"
 
 router = APIRouter(prefix=PREFIX, tags=["lola"], route_class=LolaRoute, responses=REFUSALS)
 
@@ -111,7 +110,7 @@ async def remove(library: str, document: str, raw_request: Request, salt: Salt =
 @router.post(
     "/{library}/documents",
     response_model=None,
-    responses={200: {"model": Document, **_STREAM}},
+    responses={200: {"model": Document, **STREAM}},
     dependencies=json_body,
 )
 @with_cancellation
@@ -159,7 +158,7 @@ async def find(library: str, raw_request: Request, body: FindRequest) -> Any:
 @router.post(
     "/{library}/chat",
     response_model=None,
-    responses={**_BUSY, 200: {"model": ChatCompletionResponse, **_STREAM}},
+    responses={**_BUSY, 200: {"model": ChatCompletionResponse, **STREAM}},
     dependencies=json_body,
 )
 async def chat(library: str, raw_request: Request, body: LibraryChatRequest) -> Any:
@@ -171,7 +170,7 @@ async def chat(library: str, raw_request: Request, body: LibraryChatRequest) -> 
 @router.post(
     "/{library}/complete",
     response_model=None,
-    responses={**_BUSY, 200: {"model": CompletionResponse, **_STREAM}},
+    responses={**_BUSY, 200: {"model": CompletionResponse, **STREAM}},
     dependencies=json_body,
 )
 async def complete(library: str, raw_request: Request, body: LibraryCompletionRequest) -> Any:
@@ -191,55 +190,10 @@ async def _answer(
     question: str,
     how: Way,
 ) -> Response:
-    """vLLM's answer, with the sources: a field of it, or of the first event and of the last before
-    the end. The session that was made for a question goes where that is refused."""
-    engine = engine_of(raw_request)
-    asked = await _read(engine, library, body, question)
-    kept = False
-    try:
-        tokens = await how.prompt(asked.transcript, asked.before)
-        check_length(tokens, engine)
-        report = reported()
-        answer: Response = await how.generate(tokens, asked.params)
-        kept = answer is None or answer.status_code == HTTPStatus.OK  # None: nobody waits
-    except asyncio.CancelledError:  # the client has left, and may go on later
-        kept = True
-        raise
-    finally:
-        if not kept and body.session is not None:
-            with suppress(HTTPException):
-                await engine.sessions("delete", reference=body.session, salt=owned(body.cache_salt))
-    sources = {"sources": asked.sources}
-    if isinstance(answer, StreamingResponse):
-        events = answer.body_iterator
-        answer.body_iterator = with_report(events, engine, how.kind, report, sources)
-    elif isinstance(answer, JSONResponse) and answer.status_code == HTTPStatus.OK:
-        return JSONResponse(json.loads(bytes(answer.body)) | sources)
-    return answer
-
-
-class _Asked(NamedTuple):
-    """What a question is asked of.
-
-    Attributes:
-        transcript: of what was composed. params: that are asked of the store. sources: whose
-            passages are `before` the question.
-    """
-
-    transcript: Transcript
-    params: dict[str, Any]
-    sources: list[dict[str, Any]]
-    before: str
-
-
-async def _read(
-    engine: LolaEngine,
-    library: str,
-    body: LibraryChatRequest | LibraryCompletionRequest,
-    question: str,
-) -> _Asked:
-    """Find what a question is asked of: the first part, next to the passages of the others."""
-    name, salt = name_of(library, "library"), body.cache_salt
+    """vLLM's answer from the first part that a question reads, next to the passages of the others.
+    The session that was made for it goes where that is refused."""
+    engine, salt = engine_of(raw_request), body.cache_salt
+    name = name_of(library, "library")
     check_libraries(engine)
     validate_cache_salt(salt)
     try:
@@ -249,12 +203,24 @@ async def _read(
         raise HTTPException(HTTPStatus.BAD_REQUEST, str(error)) from None
     made = {"session": body.session, "ttl": body.ttl}
     sources, said = await asking.find(engine, name, question, FOUND, salt, made)
-    before, session = asking.with_passages(sources), said["session"]
-    transcript = Transcript(said["turn"], said["kind"], said["tokens"], said["tail"])
-    params: dict[str, Any] = {"from": session, "save": body.session or False}
+    params: dict[str, Any] = {"from": said["session"], "save": body.session or False}
     if body.session and body.ttl is not None:
         params["ttl"] = body.ttl
-    return _Asked(transcript, params, sources, before)
+    kept = False
+    try:
+        transcript = Transcript(said["turn"], said["kind"], said["tokens"], said["tail"])
+        tokens = await how.prompt(transcript, asking.with_passages(sources))
+        check_length(tokens, engine)
+        answer = await answered(engine, how, tokens, params, sources, ExitStack())
+        kept = answer is None or answer.status_code == HTTPStatus.OK  # None: nobody waits
+        return answer
+    except asyncio.CancelledError:  # the client has left, and may go on later
+        kept = True
+        raise
+    finally:
+        if not kept and body.session is not None:
+            with suppress(HTTPException):
+                await engine.sessions("delete", reference=body.session, salt=owned(salt))
 
 
 async def _events(
@@ -268,7 +234,7 @@ async def _events(
     except HTTPException as error:
         refused = {"message": error.detail, "code": error.status_code}
         yield f"data: {json.dumps({'error': refused})}\n\n"
-    yield f"{_DONE}\n\n"
+    yield f"{DONE}\n\n"
 
 
 async def _document(

@@ -8,13 +8,13 @@ to come again.
 from __future__ import annotations
 
 import asyncio
-import bisect
-import itertools
 import math
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
+from weakref import WeakValueDictionary
 
 from fastapi import HTTPException
 
@@ -33,32 +33,29 @@ class Turns:
     """
 
     def __init__(self, at_once: int = AT_ONCE, wait_s: float = WAIT_S) -> None:
-        self.wait_s = wait_s
-        self.at_once = at_once
+        self.at_once, self.wait_s = at_once, wait_s
         self.seconds = 0.0  # between two ends of turns while questions wait, by the newest of them
-        self._running = 0
-        self._round = 0  # of the newest turn: in a round each client that waits has one
-        self._numbers = itertools.count()
-        # By round and order: the client of a question, and what gets its turn.
-        self._queue: list[tuple[int, int, str, asyncio.Future[None]]] = []
+        self._free = asyncio.Semaphore(at_once)
+        # One question of each client waits for a turn, and its others for that one.
+        self._first: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._waiting: Counter[str] = Counter()
 
     @property
     def waiting(self) -> int:
         """Questions that wait."""
-        return len(self._queue)
+        return sum(self._waiting.values())
 
-    def check(self, client: str) -> int:
-        """The round of a client's next question. One that would wait too long is refused.
+    def check(self, client: str) -> None:
+        """Refuse a client's next question if it would wait too long.
 
         Raises:
             HTTPException: 429, with the seconds after which to ask again.
         """
-        number = self._round + sum(one[2] == client for one in self._queue)
-        before = sum(one[0] <= number for one in self._queue)
+        own = self._waiting[client]
+        before = sum(min(n, own + (other != client)) for other, n in self._waiting.items())
         wait = (before + 1) * self.seconds
-        if self._running >= self.at_once and wait > self.wait_s:
+        if self._free.locked() and wait > self.wait_s:
             raise self._refusal(wait - self.wait_s)
-        return number
 
     @asynccontextmanager
     async def turn(self, client: str) -> AsyncIterator[None]:
@@ -67,11 +64,17 @@ class Turns:
         Raises:
             HTTPException: as `check`, now or after `wait_s`.
         """
-        number = self.check(client)
-        if self._running < self.at_once:
-            self._running += 1
+        self.check(client)
+        if self._free.locked():
+            self._waiting[client] += 1
+            try:
+                await asyncio.wait_for(self._wait(client), self.wait_s)
+            except (TimeoutError, asyncio.TimeoutError):
+                raise self._refusal(self.seconds * (1 + self.waiting / 2)) from None
+            finally:
+                self._waiting -= Counter([client])
         else:
-            await self._wait(number, client)  # who ends gives the turn on
+            await self._free.acquire()
         began = time.monotonic()
         try:
             yield
@@ -80,30 +83,11 @@ class Turns:
             self.seconds = took if not self.seconds else (
                 (1 - NEWEST) * self.seconds + NEWEST * took
             )  # fmt: skip
-            self._next()
+            self._free.release()
 
-    async def _wait(self, number: int, client: str) -> None:
-        turn = asyncio.get_running_loop().create_future()
-        entry = (number, next(self._numbers), client, turn)
-        bisect.insort(self._queue, entry)
-        try:
-            await asyncio.wait_for(asyncio.shield(turn), self.wait_s)
-        except BaseException as error:
-            if turn.done():  # the turn came just then
-                self._next()
-            else:
-                self._queue.remove(entry)
-            if isinstance(error, TimeoutError | asyncio.TimeoutError):
-                raise self._refusal(self.seconds * (1 + self.waiting / 2)) from None
-            raise
-
-    def _next(self) -> None:
-        """Give a turn that is over to the question whose turn it is."""
-        if self._queue:
-            self._round, _, _, turn = self._queue.pop(0)
-            turn.set_result(None)
-        else:
-            self._running -= 1
+    async def _wait(self, client: str) -> None:
+        async with self._first.setdefault(client, asyncio.Lock()):
+            await self._free.acquire()
 
     def _refusal(self, seconds: float) -> HTTPException:
         after = max(1, math.ceil(seconds))

@@ -10,6 +10,7 @@ import json
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack
+from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,24 +31,24 @@ from lola_vllm.serving.bodies import LolaRoute, refusal
 from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.library.asking import asked_with, last_text
 from lola_vllm.serving.prompt import check_length, prompt_tokens, text_tokens
-from lola_vllm.serving.sessions.lock import lock_session
 from lola_vllm.serving.sessions.management import (
     PREFIX,
     REFUSALS,
     engine_of,
     json_body,
+    lock_session,
     reference_of,
 )
 from lola_vllm.serving.sessions.owners import owned
-from lola_vllm.serving.sessions.past import Recalled, forget, read_library, recall
+from lola_vllm.serving.sessions.past import Recalled, read_library, recall
 from lola_vllm.serving.sessions.protocol import (
     AppendRequest,
     AppendResponse,
     SessionChatRequest,
     SessionCompletionRequest,
 )
-from lola_vllm.serving.sessions.reporting import event, reported, spoken, told
 from lola_vllm.serving.sessions.template_boundary import Transcript, continuation, ending
+from lola_vllm.serving.sessions.wrappers import event, reported, spoken, told
 
 if TYPE_CHECKING:
     from starlette.responses import Response
@@ -55,8 +56,9 @@ if TYPE_CHECKING:
 
     from lola_vllm.memory.sessions.names import Reference
 
-_STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
-_DONE = "data: [DONE]"
+STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
+DONE = "data: [DONE]"
+Finish = Callable[[dict[str, Any]], Awaitable[None]]
 
 router = APIRouter(
     prefix=PREFIX,
@@ -80,7 +82,7 @@ async def append(session: str, raw_request: Request, body: AppendRequest) -> Any
 @router.post(
     "/{session}/chat",
     response_model=None,
-    responses={200: {"model": ChatCompletionResponse, **_STREAM}},
+    responses={200: {"model": ChatCompletionResponse, **STREAM}},
 )
 async def chat(session: str, raw_request: Request, body: SessionChatRequest) -> Any:
     """Answer new messages of a session, as /v1/chat/completions does with all of its messages."""
@@ -90,7 +92,7 @@ async def chat(session: str, raw_request: Request, body: SessionChatRequest) -> 
 @router.post(
     "/{session}/complete",
     response_model=None,
-    responses={200: {"model": CompletionResponse, **_STREAM}},
+    responses={200: {"model": CompletionResponse, **STREAM}},
 )
 async def complete(session: str, raw_request: Request, body: SessionCompletionRequest) -> Any:
     """Go on with new text of a session, as /v1/completions does with all of its text."""
@@ -162,37 +164,62 @@ async def _answer(
     how: Way,
 ) -> Response:
     """Lock the session, and let vLLM answer."""
-    reference, engine = reference_of(session), engine_of(raw_request)
+    reference, engine, salt = reference_of(session), engine_of(raw_request), body.cache_salt
     with ExitStack() as lock:
-        lock.enter_context(await lock_session(engine, reference, body.cache_salt))
+        lock.enter_context(await lock_session(engine, reference, salt))
         transcript = await _transcript(engine, reference, body)
         recalled = await _recalled(engine, reference, transcript, body)
-        report = reported()
-        params, finish = _params(reference, transcript, body.ttl), None
-        if recalled is not None and transcript is not None:
-            finish = _Finish(engine, how, transcript, recalled, params, body.cache_salt, report)
-            lock.callback(finish.forget)
-            params = {"from": recalled.session, "save": False}
+        params = _params(reference, transcript, body.ttl)
         tokens: list[int] | None = None
-        if recalled is not None:
+        sources: list[dict[str, Any]] = []
+        finish: Finish | None = None
+        if recalled is not None and transcript is not None:
+            finish = partial(
+                _read_on, engine, how, transcript, params, salt, spoken(), recalled.said
+            )
+            made = {"reference": recalled.session, "salt": owned(salt)}
+            lock.callback(lambda: engine.later(engine.sessions("delete", **made)))
             tokens = await how.prompt(recalled.transcript, recalled.before)
+            params, sources = {"from": recalled.session, "save": False}, recalled.sources
         elif transcript is not None:
             tokens = await how.prompt(transcript)
         if tokens is not None:
             check_length(tokens, engine)
-        answer: Response = await how.generate(tokens, params)
-        if isinstance(answer, StreamingResponse):
-            still = lock.pop_all()
-            answer.body_iterator = with_report(
-                answer.body_iterator, engine, how.kind, report,
-                {} if finish is None else finish.sources, finish, still,
-            )  # fmt: skip
-            return LockedStream(answer, still)
-        if finish is not None and answer.status_code == HTTPStatus.OK:
-            await finish()
-            said = json.loads(bytes(answer.body)) | {"kv_transfer_params": report}
-            return JSONResponse(said | finish.sources)
-        return answer
+        return await answered(engine, how, tokens, params, sources, lock, finish)
+
+
+async def answered(
+    engine: LolaEngine,
+    how: Way,
+    tokens: list[int] | None,
+    params: dict[str, Any],
+    sources: list[dict[str, Any]],
+    lock: ExitStack,
+    finish: Finish | None = None,
+) -> Response:
+    """vLLM's answer, with the sources: a field of it, or of the first event and of the last before
+    the end.
+
+    Args:
+        tokens, params: as of `Way.generate`. lock: that a stream takes over.
+        finish: what is done before the end; it puts what the store says of it into a report.
+    """
+    report = reported()
+    answer: Response = await how.generate(tokens, params)
+    named = {"sources": sources} if sources else {}
+    if isinstance(answer, StreamingResponse):
+        still = lock.pop_all()
+        answer.body_iterator = _with_report(
+            answer.body_iterator, engine, how.kind, report, named, finish, still
+        )
+        return LockedStream(answer, still)
+    if isinstance(answer, JSONResponse) and answer.status_code == HTTPStatus.OK:
+        if finish is not None:
+            await finish(report)
+            named |= {"kv_transfer_params": report}
+        if named:
+            return JSONResponse(json.loads(bytes(answer.body)) | named)
+    return answer
 
 
 async def _recalled(
@@ -225,45 +252,29 @@ async def _recalled(
     return await recall(engine, name, transcript, question, salt)
 
 
-class _Finish:
-    """Reads a question and its answer at the end of the session, which neither has seen: they were
-    said behind a segment that came back, or a library's part."""
+async def _read_on(
+    engine: LolaEngine,
+    how: Way,
+    transcript: Transcript,
+    params: dict[str, Any],
+    salt: str | None,
+    spoken: list[int],
+    recalled: dict[str, Any],
+    report: dict[str, Any],
+) -> None:
+    """Read a question and its answer at the end of the session, which neither has seen: they were
+    said behind a segment that came back, or a library's part.
 
-    def __init__(
-        self,
-        engine: LolaEngine,
-        how: Way,
-        transcript: Transcript,
-        recalled: Recalled,
-        params: dict[str, Any],
-        salt: str | None,
-        report: dict[str, Any],
-    ) -> None:
-        self._engine, self._how, self._transcript = engine, how, transcript
-        self._recalled, self._params = recalled, params
-        self._salt, self._report = salt, report
-        self._said = spoken()
-
-    async def __call__(self) -> None:
-        """Read, and put what the store says of it into the report."""
-        special = special_ids(self._engine)
-        said = self._said[:-1] if self._said and self._said[-1] in special else list(self._said)
-        tokens = await self._how.prompt(self._transcript) + said + await self._how.end()
-        check_length(tokens, self._engine)
-        params = self._params | {"answer": False}
-        request_id = f"lola-append-{uuid.uuid4().hex}"
-        final = await self._engine.read(tokens, request_id, params, self._salt)
-        found = told(final) if final else {}
-        self._report[FIELD] = found | self._recalled.said
-
-    @property
-    def sources(self) -> dict[str, Any]:
-        """What the answer tells of a library; empty where none was asked."""
-        return {"sources": self._recalled.sources} if self._recalled.sources else {}
-
-    def forget(self) -> None:
-        """Delete what was composed, in the background."""
-        self._engine.later(forget(self._engine, self._recalled, self._salt))
+    Args:
+        spoken: tokens of the answer. recalled: what else the report is told.
+    """
+    ended = spoken and spoken[-1] in special_ids(engine)
+    said = spoken[:-1] if ended else spoken
+    tokens = await how.prompt(transcript) + said + await how.end()
+    check_length(tokens, engine)
+    request_id = f"lola-append-{uuid.uuid4().hex}"
+    final = await engine.read(tokens, request_id, params | {"answer": False}, salt)
+    report[FIELD] = (told(final) if final else {}) | recalled
 
 
 async def _append(reference: Reference, body: AppendRequest, raw_request: Request) -> Any:
@@ -359,33 +370,32 @@ def special_ids(engine: LolaEngine) -> list[int]:
     return [] if tokenizer is None else list(tokenizer.all_special_ids)
 
 
-async def with_report(
+async def _with_report(
     events: Any,
     engine: LolaEngine,
     kind: str,
     report: dict[str, Any],
     sources: dict[str, Any],
-    finish: _Finish | None = None,
-    lock: ExitStack | None = None,
+    finish: Finish | None,
+    lock: ExitStack,
 ) -> AsyncIterator[Any]:
     """A stream of events, with the sources at its begin and, before its end, what the store says.
     At that the session is free: a client that has read it may go on at once.
 
     Args:
         kind: of the objects in the stream. report: of `reported`. sources: `{"sources": list}`, or
-            empty. finish: what is done before the end.
+            empty. finish: as of `answered`.
     """
     if sources:
         yield event(engine.model, kind, **sources)
     async for said in events:
         text = said if isinstance(said, str) else bytes(said).decode()
-        if text.startswith(_DONE):
+        if text.startswith(DONE):
             if finish is not None:
-                await finish()
+                await finish(report)
             if report or sources:
                 yield event(engine.model, kind, kv_transfer_params=report, **sources)
-            if lock is not None:
-                lock.close()
+            lock.close()
         yield said
 
 

@@ -1,10 +1,12 @@
-"""Routes to list, show, rename, pin, fork, delete, export and import sessions."""
+"""Routes to list, show, rename, fork, delete, export and import sessions."""
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import tempfile
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,10 +18,10 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from lola_vllm.memory.sessions.names import Reference, SessionNameError, check_name, parse_reference
+from lola_vllm.memory.sessions.prefix_hash import digest, salt_hash
 from lola_vllm.serving.access import Access
 from lola_vllm.serving.bodies import LolaRoute
 from lola_vllm.serving.engine import LolaEngine
-from lola_vllm.serving.sessions.lock import lock_session
 from lola_vllm.serving.sessions.owners import owned
 from lola_vllm.serving.sessions.protocol import (
     ChangeRequest,
@@ -86,20 +88,9 @@ async def tokens(session: str, raw_request: Request, salt: Salt = None) -> dict[
 
 @router.patch("/{session}", response_model=SessionDetail, dependencies=json_body)
 async def change(session: str, body: ChangeRequest, raw_request: Request, salt: Salt = None) -> Any:
-    """Rename a session, or pin one of its turns, or both."""
-    reference, found = reference_of(session), None
-    if body.session is not None:
-        name_of(session)
-    if body.pinned is not None:
-        found = await ask(
-            raw_request, "pin", salt, writes=reference, reference=str(reference),
-            pinned=body.pinned,
-        )  # fmt: skip
-    if body.session is not None:
-        found = await ask(
-            raw_request, "rename", salt, writes=reference, session=session, to=body.session
-        )
-    return found
+    """Rename a session."""
+    name = Reference(name_of(session))
+    return await ask(raw_request, "rename", salt, writes=name, session=session, to=body.session)
 
 
 @router.delete("/{session}", response_model=Deleted)
@@ -213,6 +204,48 @@ async def ask(
         arguments["salt"] = owned(salt)
     with nullcontext() if writes is None else await lock_session(engine, writes, salt):
         return await engine.sessions(method, **arguments)
+
+
+async def lock_session(
+    engine: LolaEngine, reference: Reference, salt: str | None
+) -> AbstractContextManager[object]:
+    """Lock a session, as `lock` does."""
+    return await lock(
+        engine,
+        reference.session,
+        salt,
+        f"{reference.session!r} is being written by another request; wait for its answer, or fork "
+        "the session before",
+    )
+
+
+async def lock(
+    engine: LolaEngine, name: str, salt: str | None, refusal: str
+) -> AbstractContextManager[object]:
+    """Lock a name until the context ends, in all API processes of a server.
+
+    A Unix socket of the name is bound in Linux's abstract namespace. Only one socket can have a
+    name, and the system drops it with the process that bound it. So a process that ends in the
+    middle of a request leaves nothing behind.
+
+    Args:
+        salt: the caller's.
+
+    Raises:
+        HTTPException: another request has the lock, or there is no store.
+    """
+    validate_cache_salt(salt)
+    store = await engine.store_id()
+    key = digest(salt_hash(owned(salt)).encode(), name.encode())
+    bound = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        bound.bind(f"\0lola-vllm/{store}/{key.hex()}")
+    except OSError as error:
+        bound.close()
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise HTTPException(HTTPStatus.CONFLICT, refusal) from None
+    return closing(bound)
 
 
 def check_composing(engine: LolaEngine) -> None:

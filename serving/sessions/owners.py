@@ -119,7 +119,6 @@ def salted(prompt: Any) -> Any:
 
 
 def _names_an_owner(prompt: Any) -> bool:
-    """Whether the caller's own salt looks like one that is made here."""
     found = prompt.get("cache_salt") if isinstance(prompt, dict) else None
     found = found or getattr(prompt, "cache_salt", None)
     return plain_salt(found) != found

@@ -168,8 +168,3 @@ async def _beside(
     sources = [present, source["session"]]
     said = await engine.sessions("compose_parts", sources=sources, salt=owned(salt))
     return said["session"], Transcript(said["turn"], said["kind"], said["tokens"], said["tail"])
-
-
-async def forget(engine: LolaEngine, recalled: Recalled, salt: str | None) -> None:
-    """Delete what was composed for a question."""
-    await engine.sessions("delete", reference=recalled.session, salt=owned(salt))

@@ -25,7 +25,7 @@ class SessionSummary(BaseModel):
         session: its name. turn: the number of its last turn. turns: those that are kept.
         tokens: that its last turn covers. bytes: of all its states.
         made_of: the sessions and turns of which it was composed, in order.
-        created, used: seconds since 1970. pinned: whether a turn of it stays whatever is stored.
+        created, used: seconds since 1970.
         segments, segment_bytes: of its text, which were read apart to come back for questions; they
             go with the session.
     """
@@ -38,19 +38,8 @@ class SessionSummary(BaseModel):
     made_of: list[str]
     created: float
     used: float
-    pinned: bool
     segments: int
     segment_bytes: int
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "example": {
-                "session": "agent-7", "turn": 3, "turns": [2, 3], "tokens": 1893,
-                "bytes": 36126720, "made_of": [], "created": 1790000000.0, "used": 1790000060.5,
-                "pinned": False, "segments": 0, "segment_bytes": 0,
-            }
-        }
-    )  # fmt: skip
 
 
 class StoredState(BaseModel):
@@ -74,7 +63,6 @@ class StoredState(BaseModel):
     created: float
     used: float
     expires: float | None
-    pinned: bool
     superseded: bool
     adapter: str
     parent: str | None
@@ -119,22 +107,12 @@ class ChangeRequest(BaseModel):
     """Body of `PATCH /v1/lola/sessions/{session}`.
 
     Attributes:
-        session: another name. pinned: keep the newest turn, or the one that is named.
+        session: another name.
     """
 
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={"examples": [{"session": "agent-8"}, {"pinned": True}]},
-    )
+    model_config = ConfigDict(extra="forbid")
 
-    session: NewSession | None = None
-    pinned: bool | None = None
-
-    @model_validator(mode="after")
-    def _something(self) -> Self:
-        if self.session is None and self.pinned is None:
-            raise ValueError("give 'session' (another name), 'pinned', or both")
-        return self
+    session: NewSession
 
 
 class ForkRequest(BaseModel):
@@ -144,9 +122,7 @@ class ForkRequest(BaseModel):
         to: name of the new session.
     """
 
-    model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"to": "agent-7-plan-b"}]}
-    )
+    model_config = ConfigDict(extra="forbid")
 
     to: Annotated[str, AfterValidator(lambda name: check_new_name(name, "to"))]
 
@@ -159,10 +135,7 @@ class ComposeRequest(BaseModel):
         ttl: seconds that the new session is kept; no longer than any of them.
     """
 
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={"examples": [{"from": ["manual", "faq@2", "changes"]}]},
-    )
+    model_config = ConfigDict(extra="forbid")
 
     sources: list[Annotated[str, AfterValidator(lambda name: str(parse_reference(name)))]] = Field(
         alias="from", min_length=1, max_length=MAX_SOURCES
@@ -177,16 +150,6 @@ class AppendRequest(PromptRequest):
         ttl: seconds that the turn is kept. turn: the number of the turn that this one follows, 0
             for a new session; without it, whatever is there. tokens: that the turn covers.
     """
-
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={
-            "examples": [
-                {"prompt": "14:03 pump 2 on\n14:09 pump 2 off\n"},
-                {"messages": [{"role": "user", "content": "The report: ..."}], "turn": 3},
-            ]
-        },
-    )
 
     ttl: Seconds | None = None
     turn: TurnNumber | None = None
@@ -291,21 +254,9 @@ class SessionChatRequest(_Goes, ChatCompletionRequest):
     """Body of `POST /v1/lola/sessions/{session}/chat`: that of `/v1/chat/completions`, with the new
     messages only."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {"messages": [{"role": "user", "content": "And of Italy?"}], "max_tokens": 50}
-            ]
-        }
-    )
-
 
 class SessionCompletionRequest(_Goes, CompletionRequest):
     """Body of `POST /v1/lola/sessions/{session}/complete`: that of `/v1/completions`, with the new
     text or token ids only."""
 
     prompt: Prompt
-
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"prompt": " The pump is", "max_tokens": 20}]}
-    )

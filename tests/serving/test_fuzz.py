@@ -39,7 +39,7 @@ GOOD: dict[str, dict[str, Any]] = {
     f"{SESSION}/complete": {"prompt": "the hidden state", "max_tokens": FEW},
     f"{SESSION}/chat": {"messages": CHAT, "max_tokens": FEW},
     f"{SESSION}/fork": {"to": "b"},
-    SESSION: {"pinned": False},
+    SESSION: {"session": "b"},
 }
 ROUTES = [
     ("POST", "/v1/lola/memory"),
@@ -89,7 +89,7 @@ def unharmed(keyless: Server, known: str) -> Iterator[Server]:
 def check(response: httpx.Response, sent: object, waits: bool = False) -> None:
     status = response.status_code
     fine = 200 <= status < 300 or 400 <= status < 500
-    # A state that is in memory only has no file, and few states can be pinned.
+    # A state that is in memory only has no file.
     fine = fine or (status == 503 and waits)
     assert fine, (status, response.text[:500], str(sent)[:1500])
 

@@ -35,7 +35,6 @@ class Script:
     refusals: dict[tuple[str, str], tuple[int, str]] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     used: dict[str, float] = field(default_factory=dict)
-    pinned: set[str] = field(default_factory=set)
     segments: dict[str, int] = field(default_factory=dict)
     deleted: list[str] = field(default_factory=list)
     composed: dict[str, list[str]] = field(default_factory=dict)
@@ -47,9 +46,9 @@ class Script:
     def describe(self, name: str) -> dict[str, Any]:
         turn, tokens, kind = self.sessions[name]
         state = {"turn": turn, "kind": kind, "tokens": tokens, "bytes": 2**20, "tiers": ["memory"],
-                 "created": 0.0, "pinned": False}  # fmt: skip
+                 "created": 0.0}  # fmt: skip
         return {"session": name, "turn": turn, "turns": [turn], "tokens": tokens, "bytes": 2**20,
-                "created": 0.0, "used": self.used.get(name, 0.0), "pinned": name in self.pinned,
+                "created": 0.0, "used": self.used.get(name, 0.0),
                 "segments": self.segments.get(name, 0),
                 "states": [state]}  # fmt: skip
 

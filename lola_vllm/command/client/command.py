@@ -99,10 +99,9 @@ def add_sessions(parser: argparse.ArgumentParser) -> None:
     many = rm.add_mutually_exclusive_group()
     many.add_argument(
         "--older-than", type=age, metavar="AGE",
-        help="instead: sessions that were not used for so long, as 90s, 30m, 12h or 7d; pinned "
-        "ones stay",
+        help="instead: sessions that were not used for so long, as 90s, 30m, 12h or 7d",
     )  # fmt: skip
-    many.add_argument("--all", action="store_true", help="instead: all sessions, pinned ones too")
+    many.add_argument("--all", action="store_true", help="instead: all sessions")
     rm.add_argument("--yes", action="store_true", help="delete many without asking")
 
 
@@ -144,7 +143,7 @@ def _list(server: Server, args: argparse.Namespace) -> None:
     rows = [("session", "turn", "tokens", "MiB", "last used", "")]
     rows += [
         (s["session"], s["turn"], f"{s['tokens']:,}", mib(s["bytes"]), ago(s["used"]),
-         " ".join(["pinned"] * s["pinned"] + [f"+{n} segments" for n in [s["segments"]] if n]))
+         f"+{s['segments']} segments" if s["segments"] else "")
         for s in found
     ]  # fmt: skip
     table(rows)
@@ -158,10 +157,10 @@ def _show(server: Server, args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(found, indent=2))
         return
-    rows = [("turn", "taken after", "tokens", "MiB", "where", "made", "")]
+    rows = [("turn", "taken after", "tokens", "MiB", "where", "made")]
     rows += [
         (s["turn"], s["kind"], f"{s['tokens']:,}", mib(s["bytes"]), "+".join(s["tiers"]),
-         ago(s["created"]), "pinned" if s["pinned"] else "")
+         ago(s["created"]))
         for s in found["states"]
     ]  # fmt: skip
     table(rows)
@@ -200,14 +199,12 @@ def _rm(server: Server, args: argparse.Namespace) -> None:
     found = server.sessions()
     if args.older_than is not None:
         before = time.time() - args.older_than
-        found = [one for one in found if one["used"] < before and not one["pinned"]]
+        found = [one for one in found if one["used"] < before]
     if not found:
         print("no session is that old" if args.older_than is not None else "there is no session")
         return
     if not args.yes:
-        pinned = sum(one["pinned"] for one in found)
-        also = f", of which {pinned} pinned" if pinned else ""
-        _confirm(f"delete {len(found)} sessions{also} of {server.url}?")
+        _confirm(f"delete {len(found)} sessions of {server.url}?")
     _delete_each(server, [one["session"] for one in found])
 
 

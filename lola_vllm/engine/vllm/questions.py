@@ -17,7 +17,7 @@ from lola_vllm.memory.sessions.manager import SessionManager
 Answer = dict[str, Any]
 _OF_PART = ("session", "id", "tokens")
 # Of a part that has a question's words, and that the model's heads did not find.
-_UNREAD: Answer = {"score": 0.0, "share": 0.0, "own": 0.0, "places": []}
+_UNREAD: Answer = {"score": 0.0, "share": 0.0, "own": 0.0, "peaks": []}
 
 
 class Questions:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ BLOCK_TOKENS = 16
 PLACE_TOKENS = 2 * BLOCK_TOKENS  # two neighbouring blocks
 POWER = 3  # of an excess
 VECTOR = 16  # numbers
-PLACES = 3  # of a document that are told
+PEAKS = 3  # of a document that are told
 # More documents than these are looked at in a few heads first: those that have most in some
 # documents of all.
 CANDIDATES = 32
@@ -34,23 +33,14 @@ FEWEST_ASKED = 4  # tokens of a question, of which half are more than one
 FOUND = 3  # documents whose passages stand before a question
 
 
-class Place(NamedTuple):
-    """Tokens `first` to `last - 1` of a document, the share that they have of its excess, and the
-    one of them that has most."""
-
-    first: int
-    last: int
-    share: float
-    peak: int
-
-
 @dataclass(frozen=True)
 class Choice:
     """A document that a question reads.
 
     Attributes:
         document: its index. score: of its best place, 0 or more. share: of the scores of all
-            documents that were chosen. places: that are read most, the first the most. own: the
+            documents that were chosen. peaks: its tokens that are read most, each of another
+            place, the first the most. own: the
             share of its score that is left where only what is above the logits of newer documents
             counts; 1 where none is newer.
     """
@@ -58,7 +48,7 @@ class Choice:
     document: int
     score: float
     share: float
-    places: tuple[Place, ...]
+    peaks: tuple[int, ...]
     own: float = 1.0
 
 
@@ -141,7 +131,7 @@ def choose(
             indices[index],
             score,
             score / total if total else 1 / len(found),
-            places(queries, usual, few[index], blocks[index], asked),
+            _peaks(queries, usual, few[index], blocks[index], asked),
             own(score, index),
         )
         for score, index in found
@@ -216,36 +206,30 @@ def _of_few(excess: Tensor, asked: Sequence[int]) -> Tensor:
     return (own - own.median(-2, keepdim=True).values).flatten(-2)
 
 
-def places(
+def _peaks(
     queries: Sequence[Tensor],
     usual: Tensor,
     keys: DocumentKeys,
-    blocks: Tensor | None = None,
-    asked: Sequence[int] = (1, 1),
-) -> tuple[Place, ...]:
-    """The places of a document that a question reads more than it usually reads anything; where
+    blocks: Tensor,
+    asked: Sequence[int],
+) -> tuple[int, ...]:
+    """The tokens of a document that a question reads more than it usually reads anything; where
     there are none, more than it reads the rest of the document.
 
     Args:
         queries: `flat`. usual: `[N, n]`, the largest logit of a document, as a mean over documents.
-        blocks: `_by_block`, where it is known. asked: tokens and query heads of the question.
+        blocks: `_by_block`. asked: tokens and query heads of the question.
     """
-    blocks = _by_block(queries, keys) if blocks is None else blocks
     weights = _excesses(queries, usual, keys, blocks, asked)
     if not bool((weights > 0).any()):
         weights = _excesses(queries, _own(blocks), keys, blocks, asked)
-    whole = float(weights.sum())
-    found: list[Place] = []
-    while whole > 0 and len(found) < PLACES and bool((weights > 0).any()):
+    found: list[tuple[float, int]] = []
+    while len(found) < PEAKS and bool((weights > 0).any()):
         peak = int(weights.argmax())
-        # Up to the neighbours: a token belongs to one place.
-        ends = [place.last for place in found if place.last <= peak]
-        starts = [place.first for place in found if place.first > peak]
-        first = max(0, peak - PLACE_TOKENS, *ends)
-        last = min(keys.num_tokens, peak + PLACE_TOKENS + 1, *starts)
-        found.append(Place(first, last, float(weights[first:last].sum()) / whole, peak))
-        weights[first:last] = 0
-    return tuple(sorted(found, key=lambda place: -place.share))
+        near = weights[max(0, peak - PLACE_TOKENS) : peak + PLACE_TOKENS + 1]
+        found.append((float(near.sum()), peak))
+        near.zero_()
+    return tuple(peak for _, peak in sorted(found, key=lambda one: -one[0]))
 
 
 def _excesses(

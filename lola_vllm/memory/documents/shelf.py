@@ -44,7 +44,7 @@ class KeyShelf:
         directory: Path | None = None,
         key: StateKey | None = None,
     ) -> None:
-        self._of_state = of_state
+        self.of_state = of_state
         self._directory, self._key = directory, key
         self._lock = threading.Lock()
         self._held: dict[str, DocumentKeys] = {}
@@ -60,7 +60,7 @@ class KeyShelf:
         Raises:
             KeysError: the document is longer than the trained length. OSError: of the file.
         """
-        keys = self._of_state(row, num_tokens, None)
+        keys = self.of_state(row, num_tokens, None)
         name = self._name(state) if disk else None
         if name is not None and self._directory is not None:
             keys.write(keys_file(self._directory, state), self._key, name)
@@ -70,10 +70,6 @@ class KeyShelf:
             with self._lock:
                 self._held[state] = keys
         return keys
-
-    def newest(self, row: Tensor, num_tokens: int, count: int) -> DocumentKeys:
-        """The keys of so many tokens at the end of a text, which are not kept."""
-        return self._of_state(row, num_tokens, count)
 
     def find(self, state: str) -> DocumentKeys | None:
         """The keys of a state; None where they have to be taken from it."""

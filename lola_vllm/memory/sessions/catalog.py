@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field, replace
 
-from lola_vllm.memory.sessions.directory import StateDirectory
+from lola_vllm.memory.sessions.directory import StateDirectory, model_directory
 from lola_vllm.memory.sessions.fingerprint import Fingerprint
 from lola_vllm.memory.sessions.names import PAST, Reference
 from lola_vllm.memory.sessions.orders import DISK, MEMORY, Drop, Order
@@ -26,8 +26,23 @@ from lola_vllm.memory.sessions.tiers import SessionKey, Stored, Tier
 TOKEN_BYTES = 4  # of a token id, in memory and in files
 
 
-class NotStored(LookupError):
+class SessionError(Exception):
+    """A request that cannot be met.
+
+    Attributes:
+        kind: "bad" (a wrong argument), "not-found", "exists" or "unavailable".
+    """
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+class NotStored(SessionError):
     """Why a state that was asked for is not there, in words."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__("not-found", text)
 
 
 def earliest(times: Iterable[float | None]) -> float | None:
@@ -101,9 +116,8 @@ class Catalog:
         self.wake: Callable[[], object] = lambda: None  # has an idle engine take the orders
         self.directory: StateDirectory | None = None
         if settings.directory is not None:
-            self.directory = StateDirectory(
-                settings.directory, self.fingerprint, self.ranks, settings.key()
-            )
+            path = model_directory(settings.directory, self.fingerprint)
+            self.directory = StateDirectory(path, self.fingerprint, self.ranks, settings.key())
 
     # What is there.
 
@@ -145,20 +159,20 @@ class Catalog:
                 )
             return sorted(found, key=lambda s: (s.header.turn, s.header.num_tokens))
 
-    def newest(self, session: str, salt: str) -> Stored:
-        """The longest state of a session's last turn.
+    def check_new(self, session: SessionKey, field: str) -> None:
+        """Refuse to make a session that is there.
 
         Args:
-            session: its id. salt: hash of its owner's.
+            field: what the error calls its name.
 
         Raises:
-            NotStored: there is no such session.
+            SessionError: says so.
         """
         with self.lock:
-            states = [s for s in self.members.get(session, {}).values() if s.header.salt == salt]
-            if not states:
-                raise NotStored(f"the session {session} is not kept any more")
-            return max(states, key=lambda s: (s.header.turn, s.header.num_tokens))
+            if session in self.sessions:
+                raise SessionError(
+                    "exists", f"{field} = {session[1]!r}: there is such a session already"
+                )
 
     def on_disk(self, session: str) -> bool:
         """Whether a session, by its id, has a state that has a file or will have one."""
@@ -257,10 +271,6 @@ class Catalog:
                         self._leave(state, tier, last=False)
             self._waiting.discard(state.id)
             self.unlist(state)
-
-    def tokens(self, state: Stored) -> Tokens | None:
-        """The tokens of a state that is not yet in a file; None where only its file has them."""
-        return self._tokens.get(state.id)
 
     def count_failure(self, fault: str) -> None:
         """Count a failure that no outcome tells of."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import getpass
 import itertools
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lola_vllm.memory.sessions.cipher import StateKey
-    from lola_vllm.memory.sessions.inventory import Entry, Inventory, OwnerFilter
+    from lola_vllm.memory.sessions.inventory import Entry, Inventory
 
-_WHO = "none, file:PATH, env:NAME, prompt"
+_WHO = "none, file:PATH, env:NAME"
 _KEYS = f"API keys: {_WHO}; a file or a variable may have several, one a line"
 _NAMES = 8  # of an owner, in the table
-_PROMPT = "API key: "
+_SHOWN = 16  # digits of an owner
 
 
 def add_states(parser: argparse.ArgumentParser) -> None:
@@ -44,18 +42,7 @@ def add_states(parser: argparse.ArgumentParser) -> None:
         return verb
 
     listing = add("list", "who has how many states, of which names, and when they were used", _list)
-    listing.add_argument(
-        "--keys", nargs="+", default=[], metavar="WHO", help=f"say what these reach. {_KEYS}"
-    )
     listing.add_argument("--json", action="store_true", help="JSON instead of a table")
-    move = add("move", "give the states of one owner to another", _move)
-    move.add_argument(
-        "--from", dest="source", required=True, metavar="WHO",
-        help=f"whose they are: {_WHO}, or an owner as 'list' shows it",
-    )  # fmt: skip
-    move.add_argument(
-        "--to", required=True, metavar="WHO", help=f"whose they are to be: {_WHO}; one key"
-    )
     add("encrypt", "encrypt the files that were written without a key, each at once", _encrypt)
     remove = add("rm", "delete what no given key reaches, or all", _remove)
     what = remove.add_mutually_exclusive_group(required=True)
@@ -68,29 +55,23 @@ def add_states(parser: argparse.ArgumentParser) -> None:
     remove.add_argument("--yes", action="store_true", help="do not ask before")
 
 
-def read_owners(text: str, option: str, shown: bool = False) -> OwnerFilter:
-    """Whose states are meant.
+def read_owners(text: str, option: str) -> set[str]:
+    """Whose states are meant, as `key_owner` has them.
 
     Args:
-        text: `none`; `file:PATH` or `env:NAME`, which have API keys; `prompt`, which asks for one.
-        option: what errors call it. shown: whether it may be an owner as `list` shows it.
+        text: `none`; `file:PATH` or `env:NAME`, which have API keys. option: what errors call it.
 
     Raises:
         InventoryError: it is none of these, or there is no key. The text is not repeated, because
-        it
-            may be a key.
+            it may be a key.
     """
-    from lola_vllm.memory.sessions.inventory import InventoryError, OwnerFilter
-    from lola_vllm.memory.sessions.owner import SHOWN
+    from lola_vllm.memory.sessions.inventory import InventoryError
+    from lola_vllm.memory.sessions.owner import owner_of
 
     if text == "none":
-        return OwnerFilter(text, none=True)
-    if shown and re.fullmatch(rf"[0-9a-f]{{{SHOWN}}}", text):
-        return OwnerFilter(text, (text,))
+        return {text}
     kind, _, place = text.partition(":")
-    if text == "prompt":
-        found = getpass.getpass(_PROMPT)
-    elif kind == "file" and place:
+    if kind == "file" and place:
         try:
             found = Path(place).expanduser().read_text()
         except (OSError, UnicodeDecodeError) as error:
@@ -100,15 +81,14 @@ def read_owners(text: str, option: str, shown: bool = False) -> OwnerFilter:
             raise InventoryError(f"{option} = {text}: there is no such environment variable")
         found = os.environ[place]
     else:
-        owner = ", or an owner as 'list' shows it" if shown else ""
         raise InventoryError(
-            f"{option}: must be {_WHO}{owner}. A key itself is not taken, because other users see "
+            f"{option}: must be {_WHO}. A key itself is not taken, because other users see "
             "it in the list of processes"
         )
     keys = [line.strip() for line in found.splitlines() if line.strip()]
     if not keys:
         raise InventoryError(f"{option} = {text}: there is no key in it")
-    return OwnerFilter.of_keys(text, keys)
+    return set(map(owner_of, keys))
 
 
 def _key(args: argparse.Namespace) -> StateKey | None:
@@ -121,8 +101,7 @@ def _key(args: argparse.Namespace) -> StateKey | None:
 
 def _open(args: argparse.Namespace) -> Inventory:
     """The states of the directory; what cannot be read is told."""
-    from lola_vllm.memory.sessions.encrypting import unread_words
-    from lola_vllm.memory.sessions.inventory import Inventory
+    from lola_vllm.memory.sessions.inventory import Inventory, unread_words
 
     key = _key(args)
     inventory = Inventory(_root(args), key)
@@ -139,23 +118,16 @@ def _root(args: argparse.Namespace) -> Path:
 
 def _list(args: argparse.Namespace) -> int:
     inventory = _open(args)
-    known = [read_owners(text, "--keys") for text in args.keys]
-    rows = []
-    for owner, states in inventory.owners().items():
-        row = _describe(owner, states)
-        if known:
-            row["reached"] = sum(any(one.has(s.header.salt) for one in known) for s in states)
-        rows.append(row)
+    rows = [_describe(owner, states) for owner, states in inventory.owners().items()]
     if args.json:
         print(json.dumps({"owners": rows}, indent=2))
         return 0
     if not rows:
         print("no states that can be read" if inventory.unread else "no states")
     for row in rows:
-        reached = f", {row['reached']} of them reached" if known else ""
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["used"]))
         print(
-            f"{row['owner']}: {len(row['sessions'])} sessions, {row['states']} states{reached}, "
+            f"{row['owner']}: {len(row['sessions'])} sessions, {row['states']} states, "
             f"{row['bytes'] / 2**20:.1f} MiB, {row['salts']} salts, last used {used}"
         )
         names = row["sessions"][:_NAMES]
@@ -170,7 +142,8 @@ def _describe(owner: str, states: Sequence[Entry]) -> dict[str, Any]:
         name = state.header.session
         used[name] = max(used.get(name, 0.0), state.used)
     return {
-        "owner": owner,
+        # All of an owner would be enough to forge a salt.
+        "owner": owner[:_SHOWN],
         "sessions": sorted(used, key=lambda name: -used[name]),
         "states": len(states),
         "bytes": sum(state.nbytes for state in states),
@@ -179,23 +152,8 @@ def _describe(owner: str, states: Sequence[Entry]) -> dict[str, Any]:
     }
 
 
-def _move(args: argparse.Namespace) -> int:
-    from lola_vllm.memory.sessions.inventory import InventoryError
-
-    inventory = _open(args)
-
-    source, target = read_owners(args.source, "--from", shown=True), read_owners(args.to, "--to")
-    if len(target.owners) > 1:
-        raise InventoryError(f"--to = {args.to}: it has {len(target.owners)} keys; give one")
-    failed = inventory.move(source, None if target.none else target.owners[0])
-    for text in failed:
-        print(f"lola-vllm: not moved: {text}", file=sys.stderr)
-    return 2 if failed else 0
-
-
 def _encrypt(args: argparse.Namespace) -> int:
-    from lola_vllm.memory.sessions.encrypting import encrypt
-    from lola_vllm.memory.sessions.inventory import InventoryError
+    from lola_vllm.memory.sessions.inventory import InventoryError, encrypt
 
     key = _key(args)
     if key is None:
@@ -212,9 +170,8 @@ def _encrypt(args: argparse.Namespace) -> int:
 
 def _remove(args: argparse.Namespace) -> int:
     inventory = _open(args)
-    kept = inventory.of([read_owners(text, "--keep") for text in args.keep or ()])
-    stay = {(state.model, state.header.id) for state in kept}
-    leaving = [s for s in inventory.states if (s.model, s.header.id) not in stay]
+    kept = set[str]().union(*(read_owners(text, "--keep") for text in args.keep or ()))
+    leaving = [state for state in inventory.states if state.owner not in kept]
     unread = sorted(itertools.chain(*inventory.unread.values()))
     for path in unread:
         fate = "it goes too" if args.unread else "it stays; --unread deletes it too"
@@ -234,11 +191,14 @@ def _remove(args: argparse.Namespace) -> int:
         if not sys.stdin.isatty():
             print("lola-vllm: nothing was deleted; --yes deletes without asking", file=sys.stderr)
             return 2
-        if input(f"delete them, and keep {len(kept)} states? [y/N] ").strip().lower() != "y":
+        if (
+            input(f"delete them, and keep {len(inventory.states) - len(leaving)} states? [y/N] ")
+            .strip()
+            .lower()
+            != "y"
+        ):
             print("nothing was deleted")
             return 0
-    inventory.delete(leaving)
-    if also:
-        inventory.delete_unread()
+    inventory.delete(leaving, also)
     print(f"{len(leaving) + len(also)} states deleted")
     return status

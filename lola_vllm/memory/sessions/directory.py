@@ -70,6 +70,7 @@ class StateDirectory:
     its last use, so servers agree on what was used least.
 
     Args:
+        path: `model_directory`. fingerprint: of the model; None: files are not read.
         key: of the files; None: they are not encrypted. Others are not used, and stay.
 
     Raises:
@@ -77,12 +78,13 @@ class StateDirectory:
     """
 
     def __init__(
-        self, root: Path, fingerprint: Fingerprint, ranks: int = 1, key: StateKey | None = None
+        self,
+        path: Path,
+        fingerprint: Fingerprint | None,
+        ranks: int = 1,
+        key: StateKey | None = None,
     ) -> None:
-        self.path = model_directory(root, fingerprint)
-        self.fingerprint = fingerprint
-        self.ranks = ranks
-        self.key = key
+        self.path, self.fingerprint, self.ranks, self.key = path, fingerprint, ranks, key
         self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.path.chmod(0o700)
         if not os.access(self.path, os.W_OK | os.X_OK):
@@ -248,7 +250,6 @@ class StateDirectory:
         return self.path / f"{state}{DELETED}"
 
     def _sync(self) -> None:
-        """Have the disk know the names of the files."""
         handle = os.open(self.path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -271,20 +272,19 @@ class StateDirectory:
             if self._refused.get(path.name) == stat.st_mtime_ns:
                 return
             header = self._checked(path)
-        except StateFileError as error:
-            if error.reason == "missing":
+        except OSError:  # another server removed it a moment ago
+            return
+        except Exception as error:  # one file of whatever content must not hide the others
+            reason, text = "damaged", f"{type(error).__name__}: {error}"
+            if isinstance(error, StateFileError):
+                reason, text = error.reason, error.text
+            if reason == "missing":
                 return
             if known:  # whoever loads it finds out
                 found.there.add(state)
                 return
             self._refused[path.name] = stat.st_mtime_ns
-            found.refused[path.name] = (error.reason, error.text)
-            return
-        except OSError:  # another server removed it a moment ago
-            return
-        except Exception as error:  # one file of whatever content must not hide the others
-            self._refused[path.name] = stat.st_mtime_ns
-            found.refused[path.name] = ("damaged", f"{type(error).__name__}: {error}")
+            found.refused[path.name] = (reason, text)
             return
         self._inodes[path.name] = stat.st_ino
         found.there.add(state)
@@ -297,14 +297,14 @@ class StateDirectory:
         """Log what is not used: a line per reason, as a directory may have been given a key."""
         for reason in dict.fromkeys(reason for reason, _ in refused.values()):
             names = [name for name, (other, _) in refused.items() if other == reason]
-            more = f" and {len(names) - 1} more files" if len(names) > 1 else ""
             logger.warning(
-                "LoLA sessions: %s%s in %s: not used (%s): %s",
-                names[0], more, self.path, reason, refused[names[0]][1],
+                "LoLA sessions: %s, one of %d files in %s: not used (%s): %s",
+                names[0], len(names), self.path, reason, refused[names[0]][1],
             )  # fmt: skip
 
     def _checked(self, path: Path) -> StateHeader:
         header = read_header(path, self.key)
+        assert self.fingerprint is not None  # where files are read
         difference = self.fingerprint.difference(header.fingerprint)
         if difference:
             raise StateFileError(path, "foreign", difference)

@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 import re
-import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -31,6 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from lola_vllm.memory.sessions.cipher import (
     CIPHER,
@@ -118,26 +117,30 @@ def write_state(
         OSError: it cannot be written, because the disk is full or the directory is gone.
         ValueError: a field of the header has a value that nobody would read.
     """
-    text = header.to_json()
-    tokens, data = token_array(tokens), np.ascontiguousarray(data)
+    text, tokens = header.to_json(), token_array(tokens)
     metadata = {"format": FORMAT, "version": VERSION}
-    sections: dict[str, NDArray[Any]] = {"tokens": tokens, "state": data}
+    sections: dict[str, NDArray[Any]] = {"tokens": tokens, "state": np.ascontiguousarray(data)}
     if key is None:
         metadata |= {
             "header": text,
             "header_checksum": hashlib.sha256(text.encode()).hexdigest(),
             "checksum": _checksum(text, tokens, data),
         }
-        return write_aside(path, _container(metadata, sections))
-    cipher = key.new_file()
-    sealed = b"".join(cipher.seal(HEADER, np.frombuffer(text.encode(), np.uint8)))
-    metadata |= {
-        "cipher": CIPHER,
-        "key": key.check,
-        "salt": cipher.salt.hex(),
-        "header": base64.b64encode(sealed).decode(),
-    }
-    return write_aside(path, _container(metadata, sections, cipher))
+    else:
+        cipher = key.new_file()
+        sealed = b"".join(cipher.seal(HEADER, np.frombuffer(text.encode(), np.uint8)))
+        metadata |= {
+            "cipher": CIPHER,
+            "key": key.check,
+            "salt": cipher.salt.hex(),
+            "header": base64.b64encode(sealed).decode(),
+        }
+        sections = {
+            name: np.frombuffer(b"".join(cipher.seal(_SECTIONS[name], section)), np.uint8)
+            for name, section in sections.items()
+        }
+    # The library's own way to a file would leave one beside it where a server is killed.
+    return write_aside(path, [save(sections, metadata)])
 
 
 def read_header(
@@ -155,8 +158,7 @@ def read_header(
         StateFileError: the file is missing, unreadable, damaged, of another version or of another
             key.
     """
-    with _Opened(path, key, expected=expected) as file:
-        return file.header
+    return _Opened(path, key, expected=expected).header
 
 
 def read_ahead(paths: Sequence[Path]) -> None:
@@ -191,10 +193,10 @@ def read_tokens(
     Raises:
         StateFileError: as `read_header`.
     """
-    with _Opened(path, key, expected=expected) as file:
-        tokens: Tokens = file.get("tokens").view(np.int32)
-        _check_tokens(path, file.header, tokens)
-        return tokens
+    file = _Opened(path, key, expected=expected)
+    tokens: Tokens = file.get("tokens").view(np.int32)
+    _check_tokens(path, file.header, tokens)
+    return tokens
 
 
 def read_state(
@@ -213,18 +215,15 @@ def read_state(
     Raises:
         StateFileError: as `read_header`, or the file is of another model.
     """
-    with _Opened(path, key, plain, expected) as file:
-        header = file.header
-        if fingerprint is not None:
-            difference = fingerprint.difference(header.fingerprint)
-            if difference:
-                raise StateFileError(path, "foreign", difference)
-        tokens, data = file.get("tokens").view(np.int32), file.get("state")
-        if file.cipher is None and _checksum(file.text, tokens, data) != file.metadata.get(
-            "checksum"
-        ):
-            raise StateFileError(path, "damaged", "the checksum does not fit the content")
-        _check_tokens(path, header, tokens)
+    file = _Opened(path, key, plain, expected)
+    header = file.header
+    difference = fingerprint.difference(header.fingerprint) if fingerprint is not None else None
+    if difference:
+        raise StateFileError(path, "foreign", difference)
+    tokens, data = file.get("tokens").view(np.int32), file.get("state")
+    if file.cipher is None and _checksum(file.text, tokens, data) != file.metadata.get("checksum"):
+        raise StateFileError(path, "damaged", "the checksum does not fit the content")
+    _check_tokens(path, header, tokens)
     return State(header, tokens, data)
 
 
@@ -345,13 +344,6 @@ class _Opened:
             if found != kind or len(shape) != 1 or (name == "tokens" and shape != [count]):
                 raise StateFileError(self.path, "damaged", f"{name}: {found} {shape}")
 
-    def __enter__(self) -> _Opened:
-        self.file.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.file.__exit__(*error)
-
 
 def _check_tokens(path: Path, header: StateHeader, tokens: Tokens) -> None:
     fingerprint = Fingerprint(**header.fingerprint)
@@ -363,33 +355,6 @@ def _check_tokens(path: Path, header: StateHeader, tokens: Tokens) -> None:
         header.block_hash,
     ):
         raise StateFileError(path, "damaged", "the tokens are not those of the header")
-
-
-def _container(
-    metadata: dict[str, str],
-    sections: Mapping[str, NDArray[Any]],
-    cipher: FileCipher | None = None,
-) -> Iterator[bytes | memoryview]:
-    """A safetensors file, piece by piece. The library would write a file of its own making beside
-    it, which a killed server leaves, or make a copy of everything in memory."""
-    head: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, section in sections.items():
-        shape, kind = list(section.shape), "I32" if section.dtype == np.int32 else "U8"
-        nbytes = section.nbytes
-        if cipher is not None:
-            nbytes = sealed_size(nbytes)
-            shape, kind = [nbytes], "U8"
-        head[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end + nbytes]}
-        end += nbytes
-    text = json.dumps(head).encode()
-    text += b" " * (-len(text) % 8)
-    yield struct.pack("<Q", len(text)) + text
-    for name, section in sections.items():
-        if cipher is not None:
-            yield from cipher.seal(_SECTIONS[name], section)
-        elif section.size:
-            yield section.data.cast("B")
 
 
 def _checksum(text: str, tokens: Tokens, data: NDArray[np.uint8]) -> str:

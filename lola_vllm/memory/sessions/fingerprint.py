@@ -144,11 +144,16 @@ def adapter_fingerprint(name: str, path: str) -> str:
         CheckpointError: the directory holds no readable weights, or no readable config.
     """
     directory = Path(path)
-    config = directory / _ADAPTER_CONFIG
-    weights = tensor_digest(directory)
-    if not config.is_file():
-        raise CheckpointError(f"{directory}: no {_ADAPTER_CONFIG}, so its states cannot be told")
-    return f"{name}:{_adapter_digest(weights, _stamp(config))}"
+    config, weights = directory / _ADAPTER_CONFIG, tensor_digest(directory)
+    try:
+        fields = json.loads(config.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory}: no {_ADAPTER_CONFIG}, so its states cannot be told"
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{config}: not valid JSON ({error})") from None
+    return f"{name}:{_short([weights, fields])}"
 
 
 def tensor_digest(directory: Path) -> str:
@@ -210,15 +215,6 @@ def _digest_of(files: tuple[_Stamp, ...]) -> str:
                     file.seek(8 + length + at)
                     found.update(file.read(min(_PIECE_BYTES, end - at)))
     return found.hexdigest()
-
-
-@lru_cache(maxsize=64)
-def _adapter_digest(weights: str, config: _Stamp) -> str:
-    try:
-        fields = json.loads(Path(config.path).read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{config.path}: not valid JSON ({error})") from None
-    return _short([weights, fields])
 
 
 def _cached(model: str) -> str:

@@ -42,7 +42,7 @@ class StateHeader:
         created, expires: seconds since 1970. parent: id of the state it continues.
         shared_prefix: `prefix_hash` of the shared prefix that its text goes on from
             (`shared_prefixes.py`); None: none.
-        pinned: whether it stays whatever else is stored.
+        pinned: of earlier releases; nothing is made of it.
         tail: tokens that were said after the n: the last one of an answer is sampled, and the model
             does not read it unless the text goes on.
         composed: id of the composed state that it is or goes on from; None: there is none.

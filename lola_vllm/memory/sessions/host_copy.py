@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,13 +26,6 @@ def staging_bytes(rank_bytes: int) -> int:
     return MAX_STAGED * (1 << (rank_bytes - 1).bit_length())
 
 
-class Event(Protocol):
-    """When a copy is complete."""
-
-    def synchronize(self) -> None:
-        """Wait for it."""
-
-
 class HostCopy:
     """A state in host memory that a copy may still be filling.
 
@@ -43,7 +35,10 @@ class HostCopy:
     """
 
     def __init__(
-        self, data: Tensor, event: Event | None = None, buffers: list[Tensor] | None = None
+        self,
+        data: Tensor,
+        event: torch.cuda.Event | None = None,
+        buffers: list[Tensor] | None = None,
     ) -> None:
         self._data, self._event = data, event
         self._buffers = buffers
@@ -92,7 +87,7 @@ class Staging:
     def _pinned(self, pages: Tensor) -> Tensor:
         return torch.empty(pages.shape, dtype=pages.dtype, pin_memory=True)
 
-    def _fill(self, buffer: Tensor, pages: Tensor) -> Event:
+    def _fill(self, buffer: Tensor, pages: Tensor) -> torch.cuda.Event:
         """Start the copy. The pages may change at once: a copy on the device is made first, in the
         order of its work, and another stream brings it to the host."""
         device = pages.device

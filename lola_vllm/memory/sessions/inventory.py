@@ -1,71 +1,40 @@
-"""A state directory by owners, for its operator: what each has, moving it to a key, deleting it.
-
-No server has to run. One that does sees each state that is moved as a deletion and a new state.
-"""
+"""A state directory, for its operator: what each owner has, its deletion, and the encryption of
+files that were written without the directory's key. No server has to run."""
 
 from __future__ import annotations
 
-import itertools
+import fcntl
 import os
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from lola_vllm.memory.sessions.cipher import StateKey
+from lola_vllm.memory.sessions.cipher import KEY_VARIABLE, StateKey, is_sealed, sealed_file
 from lola_vllm.memory.sessions.directory import DELETED, StateDirectory, model_directory
 from lola_vllm.memory.sessions.file import (
+    KEYS_SUFFIX,
     StateFileError,
     StateHeader,
-    file_name,
-    keys_file,
     parse_name,
     rank_files,
     read_ahead,
     read_header,
     read_state,
-    with_rank,
     write_state,
 )
 from lola_vllm.memory.sessions.fingerprint import Fingerprint
-from lola_vllm.memory.sessions.names import PAST
-from lola_vllm.memory.sessions.owner import move_salt, owner_of, salt_owner, shown
-from lola_vllm.memory.sessions.prefix_hash import PrefixHashes, digest, namespace
+from lola_vllm.memory.sessions.owner import key_owner
+from lola_vllm.memory.sessions.partial import remove_partials, write_aside
 
+KEY_FAULTS = ("plain", "key")  # reasons of `StateFileError` that the right key mends
 _MODEL = re.compile(r"[0-9a-f]{24}")
 
 
 class InventoryError(ValueError):
     """A request that cannot be met; names the option, its value and the remedy."""
-
-
-@dataclass(frozen=True)
-class OwnerFilter:
-    """Whose states are meant.
-
-    Attributes:
-        label: as the operator named them. owners: 32 hex digits, or the first of them; those of
-            API keys. none: whether states without a key are meant.
-    """
-
-    label: str
-    owners: tuple[str, ...] = ()
-    none: bool = False
-
-    @classmethod
-    def of_keys(cls, label: str, keys: Iterable[str]) -> OwnerFilter:
-        """Those who have one of these API keys."""
-        return cls(label, tuple(map(owner_of, keys)))
-
-    def has(self, salt: str) -> bool:
-        """Whether states with this stored salt are theirs."""
-        owner = salt_owner(salt)
-        if not owner.endswith(":"):
-            return self.none
-        return owner.startswith(self.owners)  # of no owners: False
 
 
 class Entry(NamedTuple):
@@ -81,14 +50,9 @@ class Entry(NamedTuple):
     used: float
 
     @property
-    def files(self) -> list[Path]:
-        """One per rank."""
-        return rank_files(self.model, self.header.id, self.header.ranks)
-
-    @property
-    def session(self) -> tuple[Path, str, str]:
-        """The session that it belongs to."""
-        return (self.model, self.header.salt, self.header.session)
+    def owner(self) -> str:
+        """As `key_owner`."""
+        return key_owner(self.header.salt)
 
 
 class Inventory:
@@ -113,86 +77,30 @@ class Inventory:
             self._read(model)
 
     def owners(self) -> dict[str, list[Entry]]:
-        """States by owner as people are shown it, `none` first."""
+        """States by owner, `none` first."""
         found: dict[str, list[Entry]] = defaultdict(list)
         for state in self.states:
-            found[shown(salt_owner(state.header.salt))].append(state)
+            found[state.owner].append(state)
         return dict(sorted(found.items(), key=lambda item: (item[0] != "none", item[0])))
 
-    def of(self, owners: Sequence[OwnerFilter]) -> list[Entry]:
-        """The states of these."""
-        return [s for s in self.states if any(one.has(s.header.salt) for one in owners)]
-
-    def move(
-        self, source: OwnerFilter, target: str | None, report: Callable[[str], object] = print
-    ) -> list[str]:
-        """Give states to another owner, session by session; each moves as a whole or stays.
-
-        All files of a session are written anew before an old one is deleted. A move that was
-        interrupted goes on when it is asked for again.
-
-        Args:
-            target: the owner, 32 hex digits; None: nobody, for servers without keys.
-            report: takes a line per session.
-
-        Returns:
-            What could not be moved, in words.
-
-        Raises:
-            OSError: a file cannot be written or removed.
-        """
-        sessions: dict[tuple[Path, str, str], list[Entry]] = defaultdict(list)
-        for state in self.states:
-            sessions[state.session].append(state)
-        failed = []
-        for (model, salt, name), states in list(sessions.items()):
-            if not source.has(salt):
-                continue
-            to = move_salt(salt, target)
-            if to == salt:
-                continue
-            new = {state.header.id: _moved_id(state.header.id, to) for state in states}
-            there = {state.header.id for state in sessions.get((model, to, name), ())}
-            # Of an earlier move that was interrupted: new files, or old ones that were not removed.
-            if not (there <= set(new.values()) or set(new.values()) <= there):
-                failed.append(f"{name}: the other owner has a session of this name; rename one")
-                continue
-            try:
-                for state in states:
-                    self._write(state, new, to)
-                self._directory(states[0]).delete(list(new))
-            except StateFileError as error:
-                failed.append(f"{name}: {error}")
-                continue
-            report(f"{name}: {len(states)} states moved")
-        return failed
-
-    def delete(self, states: Iterable[Entry]) -> None:
+    def delete(self, states: Iterable[Entry], unread: Iterable[Path] = ()) -> None:
         """Delete states for good, from the memory of running servers too.
 
+        Args:
+            unread: files of first ranks; their states go.
+
         Raises:
             OSError: a file cannot be removed.
         """
-        models: dict[tuple[Path, int], list[Entry]] = defaultdict(list)
+        found: dict[tuple[Path, int], list[str]] = defaultdict(list)
         for state in states:
-            models[state.model, state.header.ranks].append(state)
-        for group in models.values():
-            self._directory(group[0]).delete([state.header.id for state in group])
-
-    def delete_unread(self) -> None:
-        """Delete what cannot be read for good, with the other ranks' files and the keys.
-
-        Raises:
-            OSError: a file cannot be removed.
-        """
-        for first in itertools.chain(*self.unread.values()):
+            found[state.model, state.header.ranks].append(state.header.id)
+        for first in unread:
             named = parse_name(first.name)
             assert named is not None  # as `_read` found it by its name
-            state, _, ranks = named
-            with suppress(OSError):  # a full disk must not keep what is to be deleted
-                first.with_name(f"{state}{DELETED}").touch(0o600)
-            for path in (*rank_files(first.parent, state, ranks), keys_file(first.parent, state)):
-                path.unlink(missing_ok=True)
+            found[first.parent, named[2]].append(named[0])
+        for (model, ranks), ids in found.items():
+            StateDirectory(model, None, ranks).delete(ids)
 
     def _read(self, model: Path) -> None:
         names = set(os.listdir(model))
@@ -221,46 +129,6 @@ class Inventory:
             nbytes = sum(stat.st_size for stat in stats)
             self.states.append(Entry(model, header, nbytes, stats[0].st_mtime))
 
-    def _write(self, state: Entry, new: dict[str, str], salt: str) -> None:
-        """Write a state's files under another salt, the first rank's last."""
-        for rank, path in reversed(list(enumerate(state.files))):
-            to = state.model / file_name(new[state.header.id], rank, state.header.ranks)
-            expected = with_rank(state.header, rank)
-            found, stat = read_state(path, key=self.key, expected=expected), path.stat()
-            fingerprint, n = Fingerprint(**found.header.fingerprint), found.header.num_tokens
-            before, hashes = (
-                PrefixHashes(
-                    namespace(fingerprint.key, found.header.adapter, each, found.header.composed),
-                    found.tokens,
-                )
-                for each in (found.header.salt, salt)
-            )
-            parent, named = found.header.parent, found.header.shared_prefix
-            shared = None
-            if named is not None:  # its hash depends on the salt, and only its length is lasting
-                lengths = (k for k in range(n + 1) if before.prefix_hash(k).hex() == named)
-                shared = next((hashes.prefix_hash(k).hex() for k in lengths), None)
-            header = replace(
-                found.header,
-                id=new[state.header.id],
-                salt=salt,
-                prefix_hash=hashes.prefix_hash(n).hex(),
-                block_hash=hashes.block_hash(n).hex(),
-                parent=None if parent is None else new.get(parent, parent),
-                origin=_moved_id(found.header.session_id, salt),
-                document=_moved_id(found.header.document, salt)
-                if found.header.library == PAST
-                else found.header.document,
-                sources=[_moved_id(source, salt) for source in found.header.sources],
-                shared_prefix=shared,
-            )
-            write_state(to, header, found.tokens, found.data, self.key)
-            os.utime(to, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-
-    def _directory(self, state: Entry) -> StateDirectory:
-        fingerprint = Fingerprint(**state.header.fingerprint)
-        return StateDirectory(self.root, fingerprint, state.header.ranks, self.key)
-
 
 def model_directories(root: Path) -> list[Path]:
     """The directories of models below a state directory.
@@ -278,6 +146,123 @@ def model_directories(root: Path) -> list[Path]:
     ]
 
 
-def _moved_id(state: str, salt: str) -> str:
-    """The id of a state under another salt: the same whenever it is asked for."""
-    return digest(b"lola moved", state.encode(), salt.encode()).hex()
+def unread_words(unread: Mapping[str, int], key: bool, root: Path) -> list[str]:
+    """What is not read in a directory, why, and the remedy: a sentence for each reason.
+
+    Args:
+        unread: states by the reason of `StateFileError`. key: whether a key was given. root: the
+            directory, as of `--lola-state-dir`.
+    """
+    option = f"--lola-state-key-file or {KEY_VARIABLE}"
+    why = {
+        "plain": "not encrypted, and a key is given; 'lola-vllm states encrypt --lola-state-dir "
+        f"{root} --lola-state-key-file FILE' encrypts them",
+        "key": f"encrypted with another key than the one of {option}; give the one that they were "
+        "written with"
+        if key
+        else f"encrypted, and no key is given; give it with {option}",
+    }
+    found = []
+    for reason, number in sorted(unread.items()):
+        states = "1 state is" if number == 1 else f"{number:,} states are"
+        found.append(f"{states} not read in {root}: {why.get(reason, reason)}")
+    return found
+
+
+def encrypt(root: Path, key: StateKey) -> tuple[int, int, list[str]]:
+    """Encrypt the files of a directory that are not, each at once: it is the old one or the new.
+
+    Servers with the key may run, and take up what is encrypted. What was interrupted goes on when
+    it is asked for again.
+
+    Returns:
+        How many files are encrypted now, how many were before, and which cannot be, in words.
+
+    Raises:
+        InventoryError: there is no such directory, or a server without a key runs on it.
+        OSError: a file cannot be written.
+    """
+    done, failed = Counter[bool](), list[str]()
+    for model in model_directories(root):
+        try:
+            with _lock(model, fcntl.LOCK_EX) as handle:
+                remove_partials(model)  # they are not encrypted either
+                for name in _files(model):
+                    try:
+                        done[_encrypt_file(model / name, key)] += 1
+                    except FileNotFoundError:  # it was deleted a moment ago
+                        continue
+                    except StateFileError as error:
+                        failed.append(f"{model.name}/{error}")
+                os.fsync(handle)
+        except BlockingIOError:
+            raise InventoryError(
+                f"{model}: a server without a key runs on it, and would write more that is not "
+                "encrypted; stop it, and start it again with the key"
+            ) from None
+    return done[True], done[False], failed
+
+
+@contextmanager
+def plain_writer(model: Path) -> Iterator[None]:
+    """A server without a key has a model's directory: `encrypt` is refused meanwhile.
+
+    Raises:
+        PermissionError: it is being encrypted.
+    """
+    try:
+        with _lock(model, fcntl.LOCK_SH):
+            yield
+    except BlockingIOError:
+        raise PermissionError(
+            f"{model}: it is being encrypted; start the server with the key"
+        ) from None
+
+
+def _files(model: Path) -> list[str]:
+    """The files of states and of documents' keys that no server is about to remove."""
+    names = sorted(os.listdir(model))
+    deleted = {name.removesuffix(DELETED) for name in names if name.endswith(DELETED)}
+    ours = [name for name in names if parse_name(name) or name.endswith(KEYS_SUFFIX)]
+    return [name for name in ours if name.partition(".")[0] not in deleted]
+
+
+def _encrypt_file(path: Path, key: StateKey) -> bool:
+    stat = path.stat()
+    if path.name.endswith(KEYS_SUFFIX):
+        data = path.read_bytes()
+        if is_sealed(data):
+            return False
+        write_aside(path, sealed_file(data, key))
+    else:
+        try:
+            read_header(path, key)
+            return False
+        except StateFileError as error:
+            if error.reason != "plain":
+                raise
+        write_state(path, *read_state(path, key=key, plain=True), key)
+    # The time of its last use, but for a nanosecond: a server that runs looks again at a file that
+    # it could not read when its time is another one.
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    return True
+
+
+@contextmanager
+def _lock(directory: Path, kind: int) -> Iterator[int]:
+    """A directory's lock, which ends with the process however it ends; its descriptor.
+
+    Raises:
+        BlockingIOError: somebody has it.
+    """
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # of file systems without locks
+            pass
+        yield handle
+    finally:
+        os.close(handle)

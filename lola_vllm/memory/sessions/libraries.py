@@ -17,20 +17,7 @@ from typing import Any
 
 from lola_vllm.memory.sessions.catalog import Catalog, NotStored
 from lola_vllm.memory.sessions.names import LIBRARY, PAST, addition_of
-from lola_vllm.memory.sessions.prefix_hash import digest
 from lola_vllm.memory.sessions.tiers import Stored
-
-
-def parts_of(store: Catalog, salt: str, library: str) -> list[Stored]:
-    """The parts of a library's documents, by title and part.
-
-    Args:
-        salt: hash of the owner's.
-
-    Raises:
-        NotStored: there is no such library.
-    """
-    return _current(all_parts(store, salt, library))
 
 
 def replaced_parts(store: Catalog, salt: str, library: str) -> list[Stored]:
@@ -70,7 +57,7 @@ def describe_library(store: Catalog, salt: str, library: str) -> dict[str, Any]:
     Raises:
         NotStored: there is no such library.
     """
-    parts = parts_of(store, salt, library)
+    parts = _current(all_parts(store, salt, library))
     documents = []
     for title, states in groupby(parts, key=lambda state: state.header.document):
         own = list(states)
@@ -94,12 +81,6 @@ def describe_library(store: Catalog, salt: str, library: str) -> dict[str, Any]:
             }
         )
     return _summary(library, parts) | {"documents": documents}
-
-
-def name_of_answer(parts: Sequence[Stored]) -> str:
-    """The session that is composed of parts: the same for the same parts in the same order."""
-    ids = [state.id.encode() for state in parts]
-    return f"{LIBRARY}answer-{digest(b'lola answer', *ids).hex()}"
 
 
 def made_of_parts(
@@ -144,7 +125,6 @@ def _complete(parts: Sequence[Stored]) -> bool:
 
 
 def _age(parts: Sequence[Stored]) -> float:
-    """When the last of them was stored."""
     return max(state.header.created for state in parts)
 
 

@@ -1,4 +1,4 @@
-"""What people do with sessions: list, look, fork, rename, pin, delete, export and import.
+"""What people do with sessions: list, look, fork, rename, delete, export and import.
 
 Answers are plain dicts and lists, because routes and commands ask from another process.
 """
@@ -6,29 +6,19 @@ Answers are plain dicts and lists, because routes and commands ask from another 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lola_vllm.memory.sessions.answers import (
-    Answer,
-    SessionError,
-    describe_session,
-    describe_state,
-)
-from lola_vllm.memory.sessions.catalog import NotStored
-from lola_vllm.memory.sessions.composing import compose
-from lola_vllm.memory.sessions.file import StateFileError
+from lola_vllm.memory.sessions.catalog import SessionError
+from lola_vllm.memory.sessions.file import StateFileError, read_header, with_rank
 from lola_vllm.memory.sessions.libraries import (
     all_parts,
     describe_libraries,
     describe_library,
     made_of_parts,
-    name_of_answer,
     replaced_parts,
 )
+from lola_vllm.memory.sessions.making import compose, fork, import_state
 from lola_vllm.memory.sessions.names import (
     LIBRARY,
     MAX_SOURCES,
@@ -39,22 +29,16 @@ from lola_vllm.memory.sessions.names import (
     check_new_name,
     parse_reference,
 )
-from lola_vllm.memory.sessions.orders import DISK, MEMORY, Make
-from lola_vllm.memory.sessions.past import expiring_apart, is_of, segments_of, segments_with
+from lola_vllm.memory.sessions.orders import DISK, MEMORY
 from lola_vllm.memory.sessions.prefix_hash import salt_hash
 from lola_vllm.memory.sessions.shared_prefixes import orphaned_prefixes
-from lola_vllm.memory.sessions.state_files import (
-    import_state,
-    longest_text,
-    tokens_of,
-    written_files,
-)
 from lola_vllm.memory.sessions.store import SessionStore
-from lola_vllm.memory.sessions.tiers import Stored
+from lola_vllm.memory.sessions.tiers import SessionKey, Stored
 from lola_vllm.memory.sessions.upkeep import Operation
 
-# Seconds for which the server keeps what it composed for a request, for the next that names the
-# same turns.
+Answer = dict[str, Any]
+
+# Seconds for which what the server composed for a request stays where nobody deletes it.
 COMPOSED_TTL = 3600.0
 
 
@@ -66,10 +50,9 @@ class SessionManager:
     """
 
     METHODS = (
-        "sessions", "show", "tokens", "fork", "compose", "rename", "pin", "delete", "clear",
+        "sessions", "show", "tokens", "fork", "compose", "rename", "delete", "clear",
         "files", "import_file", "stats", "result", "libraries", "library", "texts",
-        "compose_parts",
-        "remove_documents", "past",
+        "compose_parts", "remove_documents", "past",
     )  # fmt: skip
 
     def __init__(self, store: SessionStore) -> None:
@@ -85,19 +68,15 @@ class SessionManager:
             if method not in self.METHODS:
                 raise SessionError("bad", f"{method}: no such method")
             return getattr(self, method)(**arguments)
-        except SessionNameError as error:
-            return {"error": str(error), "kind": "bad"}
-        except NotStored as error:
-            return {"error": str(error.args[0]), "kind": "not-found"}
         except SessionError as error:
             return {"error": str(error), "kind": error.kind}
-        except StateFileError as error:
+        except (SessionNameError, StateFileError) as error:
             return {"error": str(error), "kind": "bad"}
         except OSError as error:
             return {"error": f"{type(error).__name__}: {error}", "kind": "unavailable"}
 
     def result(self, operation: int) -> Any:
-        """What became of a rename, a pin or a deletion that was answered with its number.
+        """What became of a rename or a deletion that was answered with its number.
 
         Returns:
             `{"operation": number}` while it is not over, else what the method answers.
@@ -113,7 +92,7 @@ class SessionManager:
         with store.lock:
             store.expire()
             found = [
-                describe_session(store, key)
+                self._describe(key)
                 for key in store.sessions
                 if key[0] == hashed and not key[1].startswith(LIBRARY)
             ]
@@ -121,17 +100,13 @@ class SessionManager:
 
     def show(self, session: str, salt: str | None = None) -> Answer:
         """A session with all of its states, oldest first."""
-        name = check_name(session)
-        with self.store.lock:
-            states = self.store.lookup(Reference(name), salt_hash(salt))
-            found = describe_session(self.store, (salt_hash(salt), name))
-            return found | {"states": [describe_state(state) for state in states]}
+        return self._shown((salt_hash(salt), check_name(session)))
 
     def tokens(self, reference: str, salt: str | None = None) -> Answer:
         """Token ids of a session, or of a turn: what its longest state covers, and what was said
         after it: `{"turn", "kind", "tokens", "tail"}`."""
         state = self._longest(reference, salt)
-        header, tokens = state.header, tokens_of(self.store, state)
+        header, tokens = state.header, self.store.tokens_of(state)
         return {
             "turn": header.turn, "kind": header.kind, "tokens": tokens.tolist(),
             "tail": header.tail,
@@ -139,33 +114,12 @@ class SessionManager:
 
     def fork(self, reference: str, to: str, salt: str | None = None) -> Answer:
         """Another session that goes on from a session or one of its turns."""
-        store, name = self.store, check_new_name(to, "to")
+        store, key = self.store, (salt_hash(salt), check_new_name(to, "to"))
         with store.lock:
             states = self._turn(reference, salt)
-            key, origin = (salt_hash(salt), name), None
-            if key in store.sessions:
-                raise SessionError("exists", f"to = {name!r}: there is such a session already")
-            for state in states:
-                now = store.clock()
-                header = replace(
-                    state.header, id=secrets.token_hex(16), session=name, turn=1, created=now,
-                    parent=state.id, pinned=False, library="", document="", part=0, parts=0,
-                    origin=origin,
-                )  # fmt: skip
-                origin = header.session_id
-                copy = Stored(header, state.nbytes, now, nameless=state.nameless)
-                tokens = tokens_of(self.store, state)  # the copy's file is not there yet
-                due = self._is_due(state, name)
-                tiers = [t for t in store.tiers_for(name) if t.name in state.tiers or (
-                    due and t is store.disk
-                )]  # fmt: skip
-                store.add(copy, tiers, tokens)
-                memory, disk = MEMORY in copy.tiers, DISK in copy.tiers
-                if memory or disk:
-                    store.order(Make((state.header,), header, tokens, memory, disk))
-            if key not in store.sessions:
-                raise SessionError("unavailable", "the budgets have no room for another session")
-        return self.show(name, salt)
+            store.check_new(key, "to")
+            fork(store, states, to)
+            return self._made(key)
 
     def compose(
         self, sources: list[str], to: str, salt: str | None = None, ttl: float | None = None
@@ -177,26 +131,21 @@ class SessionManager:
             sources: in the order of the texts. ttl: seconds for which it is kept; no longer than
                 any of the sources.
         """
-        store, name = self.store, check_new_name(to)
+        store, key = self.store, (salt_hash(salt), check_new_name(to))
         if not 1 <= len(sources) <= MAX_SOURCES:
             raise SessionError(
                 "bad", f"from: {len(sources)} sessions; give 1 to {MAX_SOURCES} to compose"
             )
         with store.lock:
-            if (salt_hash(salt), name) in store.sessions:
-                raise SessionError("exists", f"session = {name!r}: there is such a session already")
-            self._compose(sources, name, salt, ttl)
-        return self.show(name, salt)
+            store.check_new(key, "session")
+            states = [self._longest(source, salt) for source in sources]
+            compose(store, states, to, salt_hash(salt), ttl)
+            return self._made(key)
 
-    def _compose(
-        self, sources: Sequence[str], name: str, salt: str | None, ttl: float | None
-    ) -> None:
-        states = [self._longest(source, salt) for source in sources]
-        tokens = [tokens_of(self.store, state) for state in states]
-        try:
-            compose(self.store, states, tokens, name, salt_hash(salt), ttl)
-        except ValueError as error:
-            raise SessionError("bad", str(error)) from None
+    def _made(self, key: SessionKey) -> Answer:
+        if key not in self.store.sessions:
+            raise SessionError("unavailable", "the budgets have no room for another session")
+        return self._shown(key)
 
     def libraries(self, salt: str | None = None) -> list[Answer]:
         """The libraries of an owner, by name."""
@@ -217,21 +166,19 @@ class SessionManager:
 
     def texts(self, sessions: list[str], salt: str | None = None) -> list[list[int]]:
         """Token ids of sessions, each that of its longest state."""
-        return [tokens_of(self.store, self._longest(one, salt)).tolist() for one in sessions]
+        return [self.tokens(one, salt)["tokens"] for one in sessions]
 
     def compose_parts(self, sources: list[str], salt: str | None = None) -> Answer:
-        """The session that the server composes of others for a request, in the order of their
-        texts, and what `tokens` tells of it. It is made once, and kept for `COMPOSED_TTL`.
+        """A session that the server composes of others for a request, in the order of their texts,
+        and what `tokens` tells of it. It is kept for `COMPOSED_TTL`, if nobody deletes it before.
 
         Args:
             sources: sessions, or turns of them.
         """
-        store = self.store
-        with store.lock:
+        name = f"{LIBRARY}answer-{secrets.token_hex(16)}"
+        with self.store.lock:
             parts = [self._longest(source, salt) for source in sources]
-            name = name_of_answer(parts)
-            if (salt_hash(salt), name) not in store.sessions:
-                self._compose(sources, name, salt, COMPOSED_TTL)
+            compose(self.store, parts, name, salt_hash(salt), COMPOSED_TTL)
         return {"session": name, **self.tokens(name, salt)}
 
     def remove_documents(
@@ -277,19 +224,27 @@ class SessionManager:
                 raise SessionError(
                     "bad", f"recall: {reference} has an adapter, and is asked alone; leave it out"
                 )
-            found = segments_of(store, newest, tokens_of(self.store, newest), size)
-            if found.stale:
-                store.upkeep.delete(found.stale)
-            due = expiring_apart(found, newest)
-            if due:
-                store.upkeep.rewrite(due, undo=False, expires=newest.header.expires)
+            text = store.tokens_of(newest)
+            kept: dict[int, Stored] = {}
+            stale = []
+            for state in store.segments_of({newest.header.session_id}):
+                number = state.header.part - 1
+                own = text[number * size : (number + 1) * size]
+                hashes = store.prefix_hashes(own, "", newest.header.salt)
+                same = state.header.prefix_hash == hashes.prefix_hash(len(own)).hex()
+                if same and len(own) == size and number not in kept:
+                    kept[number] = state
+                else:
+                    stale.append(state)
+            if stale:
+                store.upkeep.delete(stale)
             return {
                 "id": newest.id,
                 "session_id": newest.header.session_id,
                 "tokens": newest.header.num_tokens,
                 "segments": [
                     {"segment": number, "session": state.header.session, "id": state.id}
-                    for number, state in sorted(found.kept.items())
+                    for number, state in sorted(kept.items())
                 ],
             }
 
@@ -298,54 +253,14 @@ class SessionManager:
         store, old, new = self.store, check_name(session), check_new_name(to, "to")
         with store.lock:
             states = store.lookup(Reference(old), salt_hash(salt))
-            if (salt_hash(salt), new) in store.sessions:
-                raise SessionError("exists", f"to = {new!r}: there is such a session already")
-            due = [state for state in states if self._is_due(state, new)]
+            store.check_new((salt_hash(salt), new), "to")
+            due = [state for state in states if store.is_due(state, new)]
             operation = store.upkeep.rewrite(
                 states, answer=lambda: self.show(new, salt), session=new
             )
             for state in due:
                 store.write(state)
             return self._ended(operation)
-
-    def _is_due(self, state: Stored, name: str) -> bool:
-        """Whether a state is to be written under a name: nobody had named it, so it was not."""
-        settings = self.store.settings
-        unwritten = DISK not in state.tiers and self.store.disk.fits(state.nbytes)
-        named = settings.may_write(name) > settings.may_write(state.header.session)
-        return unwritten and named and not state.nameless
-
-    def pin(self, reference: str, pinned: bool = True, salt: str | None = None) -> Answer:
-        """Keep the newest turn of a session, or the turn that is named, whatever is stored."""
-        store, session = self.store, parse_reference(reference).session
-        with store.lock:
-            states = self._turn(reference, salt)
-            if pinned:
-                self._check_pin(states)
-            changing = [state for state in states if state.header.pinned != pinned]
-            operation = store.upkeep.rewrite(
-                changing, answer=lambda: self.show(session, salt), pinned=pinned
-            )
-            return self._ended(operation)
-
-    def _check_pin(self, states: list[Stored]) -> None:
-        """Refuse a pin that would leave others no room.
-
-        Half of a budget can be pinned, and an owner may pin an equal share of this half.
-        """
-        owner = states[0].owner
-        for tier in (self.store.memory, self.store.disk):
-            new = sum(s.nbytes for s in states if not s.header.pinned and tier.needs(s))
-            everybody, own = tier.pinned() + new, tier.pinned(owner) + new
-            half = tier.budget // 2
-            share = half // max(1, tier.owners)
-            if new and (everybody > half or own > share):
-                raise SessionError(
-                    "unavailable",
-                    f"{everybody} bytes of {tier.name} would be pinned, {own} of them here; at "
-                    f"most half of {tier.budget} can be, and {share} here: unpin another, or "
-                    "raise the budget",
-                )
 
     def delete(self, reference: str, salt: str | None = None) -> Answer:
         """Delete a session, or one of its turns: from memory and from the disk.
@@ -357,31 +272,15 @@ class SessionManager:
         with self.store.lock:
             states = self.store.lookup(parse_reference(reference, "session"), salt_hash(salt))
             name = states[0].header.session
-            segments = self._segments_without(states)
+            segments = self.store.segments_of({state.header.session_id for state in states})
             answers, others = made_of_parts(self.store, salt_hash(salt), states + segments)
-            text = partial(longest_text, self.store, tuple(states))
-            states += orphaned_prefixes(self.store, states, text)
-            states += segments
+            states += orphaned_prefixes(self.store, states) + segments
             left = [other for other in others if other != name]
             answer = {"deleted": len(states), **({"composed": left} if left else {})}
             return self._ended(self.store.upkeep.delete(states + answers, lambda: answer))
 
-    def _segments_without(self, leaving: Sequence[Stored]) -> list[Stored]:
-        """The segments of a session that are not of the text that is left without some states."""
-        store, found = self.store, segments_with(self.store, leaving)
-        sessions = {state.header.session_id for state in leaving}
-        left = [s for one in sessions for s in store.members[one].values() if s not in leaving]
-        if not left or not found:
-            return found
-        newest = max(left, key=lambda s: (s.header.turn, s.header.num_tokens))
-        try:
-            text = tokens_of(store, newest)
-        except (NotStored, StateFileError):
-            return found
-        return [segment for segment in found if not is_of(store, segment, text)]
-
     def clear(self) -> Answer:
-        """Delete all sessions of this model, whoever they belong to, pinned ones too."""
+        """Delete all sessions of this model, whoever they belong to."""
         with self.store.lock:
             states = list(self.store.states.values())
             for state in states:
@@ -390,8 +289,22 @@ class SessionManager:
 
     def files(self, reference: str, salt: str | None = None) -> Answer:
         """Where the files of a session's longest state, or a turn's, are: to copy elsewhere."""
-        state = self._longest(reference, salt)
-        paths = written_files(self.store, state, reference)
+        state, directory = self._longest(reference, salt), self.store.directory
+        if directory is None or DISK not in state.tiers:
+            raise SessionError(
+                "unavailable",
+                f"{reference} is in memory only; a server with a state directory writes files",
+            )
+        if not directory.complete(state.id):
+            raise SessionError(
+                "unavailable", f"{reference} is not written yet; try again in a moment"
+            )
+        paths = directory.files(state.id)
+        for rank, path in enumerate(paths):
+            try:
+                read_header(path, directory.key, with_rank(state.header, rank))
+            except StateFileError as error:
+                raise self.store.unusable(state, error) from None
         return describe_state(state) | {"files": list(map(str, paths))}
 
     def import_file(self, file: str, session: str, salt: str | None = None) -> Answer:
@@ -423,6 +336,29 @@ class SessionManager:
                 "unread": store.unread(),
             }
 
+    def _shown(self, key: SessionKey) -> Answer:
+        with self.store.lock:
+            states = self.store.lookup(Reference(key[1]), key[0])
+            return self._describe(key) | {"states": [describe_state(state) for state in states]}
+
+    def _describe(self, key: SessionKey) -> Answer:
+        session = self.store.sessions[key]
+        states = list(session.states.values())
+        newest = max(state.header.turn for state in states)
+        segments = self.store.segments_of({state.header.session_id for state in states})
+        return {
+            "session": key[1],
+            "turn": session.last_turn,
+            "turns": sorted({state.header.turn for state in states}),
+            "tokens": max(s.header.num_tokens for s in states if s.header.turn == newest),
+            "bytes": sum(state.nbytes for state in states),
+            "made_of": next((s.header.made_of for s in states if s.header.made_of), []),
+            "created": min(state.header.created for state in states),
+            "used": max(state.used for state in states),
+            "segments": len(segments),
+            "segment_bytes": sum(state.nbytes for state in segments),
+        }
+
     def _ended(self, operation: Operation) -> Any:
         """The answer of an operation, or its number while it is not over."""
         if not operation.done:
@@ -445,3 +381,23 @@ class SessionManager:
 
     def _longest(self, reference: str, salt: str | None) -> Stored:
         return max(self._turn(reference, salt), key=lambda state: state.header.num_tokens)
+
+
+def describe_state(state: Stored) -> Answer:
+    """A state for people."""
+    header = state.header
+    return {
+        "id": header.id,
+        "turn": header.turn,
+        "kind": header.kind,
+        "tokens": header.num_tokens,
+        "bytes": state.nbytes,
+        "tiers": sorted(state.tiers),
+        "unwritten": state.unwritten,
+        "created": header.created,
+        "used": state.used,
+        "expires": header.expires,
+        "superseded": state.superseded,
+        "adapter": header.adapter.partition(":")[0],
+        "parent": header.parent,
+    }

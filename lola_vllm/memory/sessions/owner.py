@@ -11,8 +11,6 @@ import hashlib
 
 from lola_vllm.memory.sessions.prefix_hash import digest, salt_hash
 
-# As much of an owner is shown to people. All of it would be enough to forge a salt.
-SHOWN = 16
 _SALT = "lola:"
 
 
@@ -46,13 +44,7 @@ def salt_owner(stored: str) -> str:
     return owner + colon
 
 
-def move_salt(stored: str, owner: str | None) -> str:
-    """What is stored in place of the same caller's salt under another owner; None: of nobody."""
-    _, colon, own = stored.partition(":")
-    own = own if colon else stored
-    return own if owner is None else f"{owner}:{own}"
-
-
-def shown(owner: str) -> str:
-    """An owner for people: the first digits, or `none` for states without a key."""
-    return owner[:SHOWN] if owner.endswith(":") else "none"
+def key_owner(stored: str) -> str:
+    """The owner whose API key is behind what is stored in place of a salt; `none`: no key is."""
+    owner = salt_owner(stored)
+    return owner[:-1] if owner.endswith(":") else "none"

@@ -21,8 +21,6 @@ from pathlib import Path
 PARTIAL_AGE_S = 3600.0
 _HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:64]
 _PARTIAL = re.compile(r"\..*\.([A-Za-z0-9-]+)\.(\d+)(?:-[0-9a-f]+)?\.partial")
-# As the safetensors library calls files that it writes; earlier releases of ours wrote with it.
-_LIBRARYS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
 
 
 def write_aside(path: Path, parts: Iterable[bytes | memoryview]) -> int:
@@ -56,7 +54,7 @@ def aside(path: Path) -> Path:
 
 def is_partial(name: str) -> bool:
     """Whether a file is one that was being written."""
-    return bool(_PARTIAL.fullmatch(name) or _LIBRARYS.fullmatch(name))
+    return bool(_PARTIAL.fullmatch(name))
 
 
 def remove_partials(directory: Path, age: float = PARTIAL_AGE_S) -> int:
@@ -80,7 +78,6 @@ def remove_partials(directory: Path, age: float = PARTIAL_AGE_S) -> int:
 
 
 def _left(path: Path, age: float) -> bool:
-    """Whether a file has no writer any more."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -98,7 +95,6 @@ def _left(path: Path, age: float) -> bool:
 
 
 def _of_dead(name: str) -> bool:
-    """Whether a file's name tells of a process of this machine that has ended."""
     match = _PARTIAL.fullmatch(name)
     if match is None or match[1] != _HOST:
         return False

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -113,39 +112,33 @@ class PrefixIndex:
     """Finds the stored states that are prefixes of a text, in a few hashes per block."""
 
     def __init__(self) -> None:
-        # Of the stored prefixes with a block hash: how many end so many tokens after it.
-        self._tails: dict[bytes, Counter[int]] = {}
-        self._states: dict[bytes, dict[str, None]] = {}  # by prefix hash
+        # By block hash, and then by what follows the block: length, prefix hash -> states.
+        self._states: dict[bytes, dict[tuple[int, bytes], list[str]]] = {}
 
     def add(self, block_hash: bytes, num_tokens: int, prefix_hash: bytes, state: str) -> None:
         """Make a state known."""
-        self._tails.setdefault(block_hash, Counter())[num_tokens % HASH_BLOCK] += 1
-        self._states.setdefault(prefix_hash, {})[state] = None
+        ends = self._states.setdefault(block_hash, {})
+        ends.setdefault((num_tokens, prefix_hash), []).append(state)
 
     def remove(self, block_hash: bytes, num_tokens: int, prefix_hash: bytes, state: str) -> None:
         """Forget a state that was added with the same arguments."""
-        states = self._states[prefix_hash]
-        del states[state]
-        if not states:
-            del self._states[prefix_hash]
-        tails, tail = self._tails[block_hash], num_tokens % HASH_BLOCK
-        tails[tail] -= 1
-        if not tails[tail]:
-            del tails[tail]
-        if not tails:
-            del self._tails[block_hash]
+        ends, end = self._states[block_hash], (num_tokens, prefix_hash)
+        ends[end].remove(state)
+        if not ends[end]:
+            del ends[end]
+        if not ends:
+            del self._states[block_hash]
 
-    def with_hash(self, prefix_hash: bytes) -> list[str]:
-        """States of exactly these tokens, oldest first."""
-        return list(self._states.get(prefix_hash, ()))
+    def of(self, hashes: PrefixHashes, num_tokens: int) -> list[str]:
+        """States of exactly the first tokens of a text, oldest first."""
+        ends = self._states.get(hashes.block_hash(num_tokens), {})
+        return ends.get((num_tokens, hashes.prefix_hash(num_tokens)), [])
 
     def prefixes(self, hashes: PrefixHashes, longest: int) -> Iterator[str]:
         """States that cover at most `longest` tokens of a text, those that cover most first."""
         longest = min(longest, len(hashes))
         for block in range(longest // HASH_BLOCK, -1, -1):
-            start = block * HASH_BLOCK
-            tails = self._tails.get(hashes.block_hash(start), ())
-            for tail in sorted(tails, reverse=True):
-                if start + tail <= longest:
-                    # The newest first: of equal states it is the one most likely in memory.
-                    yield from reversed(self.with_hash(hashes.prefix_hash(start + tail)))
+            ends = self._states.get(hashes.block_hash(block * HASH_BLOCK), ())
+            for n in sorted({n for n, _ in ends if n <= longest}, reverse=True):
+                # The newest first: of equal states it is the one most likely in memory.
+                yield from reversed(self.of(hashes, n))

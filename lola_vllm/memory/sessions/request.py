@@ -2,9 +2,8 @@
 
     kv_transfer_params: {"lola": {"from": "agent-7@3", "save": "agent-7", "ttl": 86400}}
 
-`from`: a session or a turn to start from; `false`: start from nothing; of a list the server
-composes one before the engine sees it (`serving/sessions/wrappers.py`). Without it any stored
-state that covers a part of the prompt is used. `save`: the session to go on with, `false`: none.
+`from`: a session or a turn to start from; `false`: start from nothing. Without it any stored state
+that covers a part of the prompt is used. `save`: the session to go on with, `false`: none.
 Without it a session id of the request names the session. `ttl`: seconds. `answer`: `false` stores
 what was read only, and not what was generated after it.
 """
@@ -121,7 +120,6 @@ def _unknown(lola: Mapping[Any, Any], known: tuple[str, ...]) -> Iterator[str]:
 
 
 def _is_time(value: object) -> bool:
-    """Whether a value is a number of seconds that ends some day."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:

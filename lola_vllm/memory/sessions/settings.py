@@ -14,10 +14,16 @@ from lola_vllm.memory.sessions.names import is_unnamed
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 STORE_KEY = "lola"  # in vLLM's --additional-config
-KEYS = (
-    "state_ram", "state_dir", "state_disk", "state_ttl", "state_key_file", "state_key_variable",
-    "store", "allowed_hosts", "list_sessions",
-)  # fmt: skip
+# The types that a value may have, and what it must be, in words. An empty text is none.
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "state_dir": ((str,), "a path"),
+    "state_ttl": ((int, float), "a number"),
+    "state_key_file": ((str,), "a path"),
+    "state_key_variable": ((str,), "the name of an environment variable"),
+    "allowed_hosts": ((str, list, tuple), "names of hosts, as lola.example.com"),
+    "list_sessions": ((bool,), "true or false"),
+}
+_KEYS = ("state_ram", "state_disk", "store", *_KINDS)
 STORED = ("named", "all", "none")
 AUTO = "auto"  # a `state_ram` that the config hook settles
 DISK_BYTES = 20 * 2**30
@@ -132,43 +138,32 @@ class StoreSettings:
             StoreSettingsError: an unknown key, or a value that cannot be read.
         """
         for key in given:
-            if key not in KEYS:
+            if key not in _KEYS:
                 raise StoreSettingsError(
-                    f"{where}.{key}: unknown setting; known: {', '.join(KEYS)}"
+                    f"{where}.{key}: unknown setting; known: {', '.join(_KEYS)}"
                 )
-        directory, key_file = given.get("state_dir"), given.get("state_key_file")
-        for key, value in (("state_dir", directory), ("state_key_file", key_file)):
-            if value is not None and (not isinstance(value, str) or not value):
-                raise StoreSettingsError(f"{where}.{key} = {value!r}: must be a path")
-        variable = given.get("state_key_variable")
-        if variable is not None and (not isinstance(variable, str) or not variable):
-            raise StoreSettingsError(
-                f"{where}.state_key_variable: must be the name of an environment variable"
-            )
-        hosts = given.get("allowed_hosts", ())
+        found = {key: value for key, value in given.items() if value is not None}
+        for key, (types, words) in _KINDS.items():
+            if key in found and (type(found[key]) not in types or found[key] == ""):
+                raise StoreSettingsError(f"{where}.{key} = {found[key]!r}: must be {words}")
+        hosts = found.get("allowed_hosts", ())
         if isinstance(hosts, str):  # of the command line
-            hosts = [host for host in hosts.replace(",", " ").split() if host]
-        if not isinstance(hosts, list | tuple) or not all(isinstance(h, str) for h in hosts):
-            raise StoreSettingsError(
-                f"{where}.allowed_hosts = {hosts!r}: must be names of hosts, as lola.example.com"
-            )
-        listed = given.get("list_sessions", False)
-        if not isinstance(listed, bool):
-            raise StoreSettingsError(f"{where}.list_sessions = {listed!r}: must be true or false")
-        ram = given.get("state_ram", 0)
-        ttl = given.get("state_ttl")
-        if not isinstance(ttl, int | float | None) or isinstance(ttl, bool):
-            raise StoreSettingsError(f"{where}.state_ttl = {ttl!r}: must be a number")
+            hosts = hosts.replace(",", " ").split()
+        places = {
+            key: Path(found[key]).expanduser().absolute()
+            for key in ("state_dir", "state_key_file") if key in found
+        }  # fmt: skip
+        ram = found.get("state_ram", 0)
         return cls(
             memory=parse_bytes(0 if ram == AUTO else ram, f"{where}.state_ram"),
-            directory=None if directory is None else Path(directory).expanduser().absolute(),
-            key_file=None if key_file is None else Path(key_file).expanduser().absolute(),
-            key_variable=variable,
-            disk=parse_bytes(given.get("state_disk", DISK_BYTES), f"{where}.state_disk"),
-            ttl=ttl,
-            store=given.get("store", STORED[0]),
-            allowed_hosts=tuple(hosts),
-            list_sessions=listed,
+            directory=places.get("state_dir"),
+            key_file=places.get("state_key_file"),
+            key_variable=found.get("state_key_variable"),
+            disk=parse_bytes(found.get("state_disk", DISK_BYTES), f"{where}.state_disk"),
+            ttl=found.get("state_ttl"),
+            store=found.get("store", STORED[0]),
+            allowed_hosts=tuple(map(str, hosts)),
+            list_sessions=found.get("list_sessions", False),
         )
 
 

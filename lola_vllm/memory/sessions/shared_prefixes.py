@@ -13,11 +13,12 @@ the store.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 import numpy as np
 
+from lola_vllm.memory.sessions.catalog import NotStored
 from lola_vllm.memory.sessions.names import SHARED
 from lola_vllm.memory.sessions.prefix_hash import HASH_BLOCK, PrefixHashes, PrefixIndex
 from lola_vllm.memory.sessions.store import SessionStore
@@ -137,13 +138,13 @@ class Waypoints:
         with store.lock:
             if not branches:
                 room = store.memory.budget * WAYPOINT_SHARE - store.state_bytes(num_tokens)
-                if room < 0 or store.index.with_hash(prefix_hash):
+                if room < 0 or store.index.of(hashes, num_tokens):
                     return None
                 self._newest = deque(state for state in self._newest if state.tiers)
                 while sum(state.nbytes for state in self._newest) > room:
                     store.supersede(self._newest.popleft())
             turn = store.open_turn(SHARED + prefix_hash.hex()[:16], parent, salt)
-            with suppress(LookupError):  # all that is stored is pinned
+            with suppress(NotStored):  # there is no room
                 state, _ = store.save(
                     turn, hashes, num_tokens, "prompt", state_index, adapter=adapter,
                     parent=parent, ttl=ttl, within=within,
@@ -155,15 +156,11 @@ class Waypoints:
         return None
 
 
-def orphaned_prefixes(
-    store: SessionStore, states: Sequence[Stored], text: Callable[[], PrefixHashes | None]
-) -> list[Stored]:
+def orphaned_prefixes(store: SessionStore, states: Sequence[Stored]) -> list[Stored]:
     """Shared prefixes of states that are deleted, from which no other stored state goes on.
 
     Args:
-        states: of one owner. text: the longest of their texts, None where its tokens are not
-            known. It may be read from a file, so it is asked for only where there are shared
-            prefixes.
+        states: of one owner.
     """
     with store.lock:
         salt = states[0].header.salt
@@ -175,8 +172,12 @@ def orphaned_prefixes(
         ]
         if not shared:
             return []
-        hashes = text()
-        prefixes = set() if hashes is None else set(store.index.prefixes(hashes, len(hashes)))
+        prefixes = set[str]()
+        longest = max(states, key=lambda state: state.header.num_tokens)
+        with suppress(NotStored):  # its tokens may be in a file that cannot be read
+            header, text = longest.header, store.tokens_of(longest)
+            hashes = store.prefix_hashes(text, header.adapter, header.salt, header.composed)
+            prefixes |= set(store.index.prefixes(hashes, len(hashes)))
         going = {state.id for state in states}
         named = {state.header.shared_prefix for state in states}
         found: list[Stored] = []

@@ -15,8 +15,8 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 from lola_vllm.memory.sessions.catalog import Catalog, NotStored, earliest
-from lola_vllm.memory.sessions.encrypting import KEY_FAULTS, plain_writer, unread_words
-from lola_vllm.memory.sessions.file import StateHeader
+from lola_vllm.memory.sessions.file import StateFileError, StateHeader, read_tokens
+from lola_vllm.memory.sessions.inventory import KEY_FAULTS, plain_writer, unread_words
 from lola_vllm.memory.sessions.names import AUTOMATIC, PAST, Part, Reference, automatic_name
 from lola_vllm.memory.sessions.orders import (
     DISK,
@@ -27,7 +27,7 @@ from lola_vllm.memory.sessions.orders import (
     Outcome,
     Save,
 )
-from lola_vllm.memory.sessions.prefix_hash import PrefixHashes
+from lola_vllm.memory.sessions.prefix_hash import PrefixHashes, Tokens
 from lola_vllm.memory.sessions.tiers import SessionKey, Stored, Tier
 from lola_vllm.memory.sessions.upkeep import Upkeep
 
@@ -152,9 +152,8 @@ class SessionStore(Catalog):
             NotStored: there is no room.
         """
         with self.lock:
-            prefix_hash = hashes.prefix_hash(num_tokens)
             named = not turn.session[1].startswith(AUTOMATIC)
-            for there in map(self.states.__getitem__, reversed(self.index.with_hash(prefix_hash))):
+            for there in map(self.states.__getitem__, reversed(self.index.of(hashes, num_tokens))):
                 if not named or there.session == turn.session:
                     self._use(there)
                     if tail and there.session == turn.session:
@@ -165,7 +164,10 @@ class SessionStore(Catalog):
             nameless = parent is not None and parent.nameless
             if tiers is None:
                 tiers = self.tiers_for(turn.session[1], nameless)
-            if part is not None and part.library == PAST and not self.on_disk(part.document):
+            past = part.document if part is not None and part.library == PAST else None
+            if past is not None and past not in self.members:
+                raise NotStored(f"the session {past} is not kept any more")
+            if past is not None and not self.on_disk(past):
                 tiers = [self.memory]  # a session's text is nowhere that the session is not
             tiers = [tier for tier in tiers if tier.fits(nbytes)]
             if not tiers and self.disk.fits(nbytes):
@@ -189,16 +191,15 @@ class SessionStore(Catalog):
             ttl = self.settings.ttl if ttl is None else ttl
             until = parent.header.until if parent else None
             session = self.sessions.get(turn.session)
-            expires = None if ttl is None else now + ttl
-            if part is not None and part.library == PAST:
-                expires = self.newest(part.document, turn.session[0]).header.expires
+            # What is of a session's text goes with the session.
+            expires = None if ttl is None or past is not None else now + ttl
             header = StateHeader(
                 id=secrets.token_hex(16),
                 session=turn.session[1],
                 turn=turn.number,
                 kind=kind,
                 num_tokens=num_tokens,
-                prefix_hash=prefix_hash.hex(),
+                prefix_hash=hashes.prefix_hash(num_tokens).hex(),
                 block_hash=hashes.block_hash(num_tokens).hex(),
                 fingerprint=self.fingerprint.to_dict(),
                 adapter=adapter,
@@ -220,7 +221,7 @@ class SessionStore(Catalog):
             tokens = hashes.tokens[:num_tokens]
             self.add(state, tiers, tokens)
             if not state.tiers:
-                raise NotStored("all that is stored is pinned, and the budgets are spent")
+                raise NotStored("the budgets are spent for states that are newer")
             self._orders.append(
                 Save(
                     header,
@@ -246,6 +247,29 @@ class SessionStore(Catalog):
                 self._make_room(self.memory, state.session)
                 keep = MEMORY in state.tiers
             self._orders.append(Load(state.header, state_index, request, keep))
+
+    def tokens_of(self, state: Stored) -> Tokens:
+        """The tokens of a state, from memory or its file.
+
+        Raises:
+            NotStored: they are in neither, or the file cannot be used.
+        """
+        tokens, directory = self._tokens.get(state.id), self.directory
+        if tokens is None and directory is not None:
+            try:
+                tokens = read_tokens(directory.files(state.id)[0], directory.key, state.header)
+            except StateFileError as error:
+                if error.reason != "missing":
+                    raise self.unusable(state, error) from None
+        if tokens is None:
+            raise NotStored(f"the tokens of {state.header.session!r} are not kept")
+        return tokens
+
+    def unusable(self, state: Stored, error: StateFileError) -> NotStored:
+        """What to raise for a state whose file cannot be used; it counts as on a rank."""
+        failed = Outcome(state.id, "read-failed", DISK, reason=error.text, fault=error.reason)
+        self.apply([(0, failed)])
+        return NotStored(f"the file of {state.header.session!r} cannot be used: {error.text}")
 
     # Between the store and the ranks.
 
@@ -306,6 +330,13 @@ class SessionStore(Catalog):
         )  # fmt: skip
 
     # Changes.
+
+    def is_due(self, state: Stored, name: str) -> bool:
+        """Whether a state is to be written under a name: nobody had named it, so it was not."""
+        unwritten = DISK not in state.tiers and self.disk.fits(state.nbytes)
+        may_write = self.settings.may_write
+        named = may_write(name) > may_write(state.header.session)
+        return unwritten and named and not state.nameless
 
     def write(self, state: Stored) -> None:
         """Write a state that is in memory only to the directory too, soon."""

@@ -1,7 +1,7 @@
 """A budget of bytes, and who leaves first when it is spent.
 
 Superseded states go first, the least recently used before the others. Then whole sessions go, again
-the least recently used first: half a conversation is of no use. What is pinned stays.
+the least recently used first: half a conversation is of no use.
 
 Owners share a budget equally: those who have an API key, however many salts they use, and without
 keys those who have a salt of their own. An owner within its share loses nothing to the others
@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 
 from lola_vllm.memory.sessions.file import StateHeader
 from lola_vllm.memory.sessions.names import SHARED
-from lola_vllm.memory.sessions.orders import DISK, MEMORY
 from lola_vllm.memory.sessions.owner import salt_owner
 
 SessionKey = tuple[str, str]  # hash of the salt, name
@@ -92,18 +91,6 @@ class Tier:
         """Owners that have states here."""
         return len(self._owned)
 
-    def pinned(self, owner: str | None = None) -> int:
-        """Bytes that are pinned, of all owners or of one."""
-        return sum(
-            state.nbytes
-            for state in self.states.values()
-            if self._stays(state) and owner in (None, state.owner)
-        )
-
-    def needs(self, state: Stored) -> bool:
-        """Whether a state would stay here if it were pinned; from memory it may go to its file."""
-        return state.id in self.states and not (self.name == MEMORY and DISK in state.tiers)
-
     def fits(self, nbytes: int) -> bool:
         """Whether a state of this size can be here at all."""
         return nbytes <= self.budget
@@ -169,27 +156,20 @@ class Tier:
                 return found
         return []
 
-    def _stays(self, state: Stored) -> bool:
-        return state.header.pinned and self.needs(state)
-
     def _is_over_share(self, owner: str) -> bool:
-        """Whether an owner's states make room for others."""
         idle = self._now - self._used[owner] > IDLE_S
         return idle or self._owned[owner] * len(self._owned) > self.budget
 
     def _first(self, keep: SessionKey | None, owners: Iterable[str]) -> list[Stored]:
-        """The states of some owners that leave first."""
         leaving = frozenset(owners)
         for state in self._superseded.values():
-            if not self._stays(state) and state.owner in leaving:
+            if state.owner in leaving:
                 return [state]
         last = []
         for session, states in self._sessions.items():
             if salt_owner(session[0]) not in leaving:
                 continue
-            free = [state for state in states.values() if not self._stays(state)]
-            if free and session == keep:
-                last = sorted(free, key=lambda state: state.used)[:1]
-            elif free:
-                return free
+            if session != keep:
+                return list(states.values())
+            last = sorted(states.values(), key=lambda state: state.used)[:1]
         return last

@@ -167,16 +167,21 @@ class TransferWorker:
         if order.header.library and self._shelf is not None:
             self._writer.submit(self._take_keys, order.header, data, order.disk)
 
-    def document_keys(self, state: str, num_tokens: int) -> DocumentKeys:
+    def document_keys(self, state: str, num_tokens: int, newest: int | None = None) -> DocumentKeys:
         """The keys of a library's document: kept, or taken from its state once more.
 
         Any thread may ask.
+
+        Args:
+            newest: of its tokens, how many at the end are asked for, whose keys are not kept.
 
         Raises:
             StateFileError, OSError: the state is no longer kept.
         """
         if self._shelf is None:
             raise FileNotFoundError("the keys of documents are not kept here")
+        if newest is not None:
+            return self._shelf.of_state(self._row(state), num_tokens, newest)
         found = self._shelf.find(state)
         if found is None:
             on_disk = self.directory is not None
@@ -185,14 +190,7 @@ class TransferWorker:
             found = self._shelf.add(state, self._row(state), num_tokens, on_disk)
         return found
 
-    def newest_keys(self, state: str, num_tokens: int, count: int) -> DocumentKeys:
-        """The keys of so many tokens at the end of what a state has seen; as `document_keys`."""
-        if self._shelf is None:
-            raise FileNotFoundError("the keys of documents are not kept here")
-        return self._shelf.newest(self._row(state), num_tokens, count)
-
     def _row(self, state: str) -> Tensor:
-        """A state's bytes, from memory or its file."""
         data = self._in_memory(state)
         if data is not None:
             return data.wait()

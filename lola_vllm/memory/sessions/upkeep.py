@@ -1,7 +1,7 @@
 """What a store does by itself, in a thread: expiry, a look at the directory, changes of files.
 
 A change of files takes as long as the disk does, and the store is called in the scheduler's thread.
-So a rename, a pin and a deletion are operations that this thread carries out. Who asked for one
+So a rename and a deletion are operations that this thread carries out. Who asked for one
 looks again until it is done.
 """
 
@@ -33,7 +33,7 @@ MAX_OPERATIONS = 1000
 # A file that could not be removed is tried again after so long.
 RETRY_S = 60.0
 # Fields of a header that servers change in a file.
-_CHANGED = ("session", "turn", "kind", "tail", "pinned", "expires")
+_CHANGED = ("session", "turn", "kind", "tail")
 
 
 @dataclass(eq=False)
@@ -79,12 +79,6 @@ class Upkeep:
         """Whether no operation waits or runs."""
         with self._store.lock:
             return all(operation.done for operation in self._known.values())
-
-    @property
-    def busy(self) -> set[str]:
-        """States whose files are to be changed."""
-        with self._store.lock:
-            return {s.id for op in self._known.values() if not op.done for s in op.states}
 
     def rewrite(
         self,
@@ -166,7 +160,6 @@ class Upkeep:
                     self._store.count_failure("upkeep")
 
     def _expire(self) -> None:
-        """Let states expire, and those that could not be removed go."""
         store, leaving = self._store, self._store.expire()
         if time.monotonic() - self._retried > RETRY_S:
             self._retried = time.monotonic()
@@ -201,7 +194,8 @@ class Upkeep:
             return
         with store.lock:
             settled = {i for i, s in store.disk.states.items() if len(s.written) == store.ranks}
-            busy = self.busy  # these get a header of ours
+            # These get a header of ours.
+            busy = {s.id for op in self._known.values() if not op.done for s in op.states}
             before = {i: s.header for i, s in store.disk.states.items() if i not in busy}
             known = set(store.states) | store.dropped
         scan = store.directory.scan(known)

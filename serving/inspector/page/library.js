@@ -78,15 +78,11 @@ export function listSources(list, sources, open) {
 }
 
 // Where the sentence of a source stands in a reading of its part, null if nowhere. It is told on one
-// line. Of several that say the same, it is the one next to the place that is read most.
-export function spanOf(memory, { sentence, places }) {
+// line.
+export function spanOf(memory, { sentence }) {
   const parts = sentence.split(/\s+/).filter(Boolean);
   if (!parts.length) return null;
   const escaped = parts.map((part) => part.replace(/[\\^$.*+?()[\]{}|]/g, "\\$&"));
-  const found = [...memory.text.matchAll(new RegExp(escaped.join("\\s+"), "g"))];
-  if (!found.length) return null;
-  const place = memory.text.indexOf(places[0]?.text ?? "");
-  const far = ({ index }) => Math.abs(index - place);
-  const nearest = found.reduce((one, other) => (far(other) < far(one) ? other : one));
-  return memory.tokensOf(nearest.index, nearest.index + nearest[0].length);
+  const found = memory.text.match(new RegExp(escaped.join("\\s+")));
+  return found && memory.tokensOf(found.index, found.index + found[0].length);
 }

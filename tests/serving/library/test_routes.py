@@ -77,7 +77,7 @@ def test_an_answer_names_its_sources(shelf: Server) -> None:
         assert source["sentence"] and source["sentence"] in source["passage"]
         assert len(source["passage"]) > len(source["sentence"]) and source["passage"] in text
         assert 0 <= source["share"] <= 1
-    assert any(source["places"] and source["places"][0]["share"] > 0 for source in sources)
+    assert any(source["score"] > 0 for source in sources)
     told = answer["kv_transfer_params"]["lola"]
     assert told["restored_tokens"] == sources[0]["tokens"] and told["reason"] is None
     # The answer is the same as a stream.
@@ -261,10 +261,8 @@ def test_documents_with_faults_are_refused(tiny: Server, body: dict[str, Any], w
 def test_a_server_that_composes_nothing_says_so(lola_server: Server) -> None:
     client, document = lola_server.client, {"document": "d", "text": HARBOUR}
     lola = {"from": ["one", "two"]}
-    completion = {"model": "smollm2", "prompt": "x", "kv_transfer_params": {"lola": lola}}
     answers = [
         client.post(f"{BASE}/x/documents", json=document),
-        client.post("/v1/completions", json=completion),
         client.post("/v1/lola/sessions/both/compose", json=lola),
     ]
     for answer in answers:

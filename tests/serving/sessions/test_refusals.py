@@ -36,7 +36,7 @@ ROUTES = {
     "show": ("GET", "/a", None),
     "tokens": ("GET", "/a@3/tokens", None),
     "state": ("GET", "/a/state", None),
-    "change": ("PATCH", "/a", {"pinned": True}),
+    "change": ("PATCH", "/a", {"session": "b"}),
     "delete": ("DELETE", "/a", None),
     "fork": ("POST", "/a/fork", {"to": "b"}),
     "append": ("POST", "/a/append", {"prompt": "x"}),
@@ -74,7 +74,7 @@ def test_states_are_taken_where_the_operator_allows_it(client, monkeypatch, allo
 HOLD = """
 import asyncio, sys
 from types import SimpleNamespace
-from lola_vllm.serving.sessions.lock import lock_session
+from lola_vllm.serving.sessions.management import lock_session
 from lola_vllm.memory.sessions.names import Reference
 
 async def store_id():

@@ -19,7 +19,6 @@ def script():
         for name, days in {"new": 1, "old": 8, "kept": 9}.items():
             running.sessions[name] = 1, 10, "answer"
             running.used[name] = time.time() - days * DAY
-        running.pinned.add("kept")
         yield running
 
 
@@ -37,10 +36,10 @@ def test_the_text_of_a_session_is_shown(script, run):
     assert run("show", "old", "--text") == "<|im_start|>user\nGrüße\n\n"
 
 
-def test_old_sessions_are_deleted_and_pinned_ones_stay(script, run):
+def test_old_sessions_are_deleted(script, run):
     assert "no session is that old" in run("rm", "--older-than", "10d", "--yes")
-    assert run("rm", "--older-than", "180h", "--yes") == "old: 2 states deleted\n"
-    assert script.deleted == ["old"]
+    assert run("rm", "--older-than", "200h", "--yes") == "kept: 2 states deleted\n"
+    assert script.deleted == ["kept"]
 
 
 def test_what_was_composed_of_a_session_is_named(script, run):
@@ -59,7 +58,7 @@ def test_all_are_deleted_after_a_yes(script, run, monkeypatch):
     for answer in ("\n", "n\n", "never\n"):
         monkeypatch.setattr("sys.stdin", Keyboard(answer))
         said = run("rm", "--all", status=2)
-        assert "delete 3 sessions, of which 1 pinned" in said and "nothing was deleted" in said
+        assert "delete 3 sessions of" in said and "nothing was deleted" in said
     assert script.deleted == []
     monkeypatch.setattr("sys.stdin", Keyboard("y\n"))
     run("rm", "--all")
@@ -109,7 +108,7 @@ def test_every_rank_has_a_file(script, run, tmp_path, ranks):
 def test_a_list_says_which_sessions_have_segments(script, run):
     script.segments["kept"] = 3
     rows = {line.split()[0]: line for line in run("list").splitlines()}
-    assert rows["kept"].endswith("pinned +3 segments") and "segments" not in rows["new"]
+    assert rows["kept"].endswith("+3 segments") and "segments" not in rows["new"]
 
 
 @pytest.mark.parametrize("words", [["list"], ["rm", "--all", "--yes"]])

@@ -25,7 +25,6 @@ from lola_vllm.memory.documents.choose import (
     choose,
     flat,
     look,
-    places,
 )
 from lola_vllm.memory.documents.keys import DocumentKeys, KeysError, reading_heads
 from tools.support.question import queries_of
@@ -181,9 +180,7 @@ def test_the_document_that_a_question_reads_is_first_and_its_place_is_told() -> 
     ]
     best = choose(question, documents, top=2)
     assert [choice.document for choice in best] == [2, 1]
-    place = best[0].places[0]
-    assert place.first <= 120 < place.last and place.peak == 120
-    assert sum(place.share for place in best[0].places) <= 1 + 1e-5
+    assert best[0].peaks[0] == 120
     assert best[0].score > best[1].score
     assert sum(choice.share for choice in best) == pytest.approx(1)
 
@@ -254,16 +251,15 @@ def test_a_document_alone_is_compared_with_itself() -> None:
     (only,) = choose(
         asked(ONE, DRAWS), [made({120: ONE, **dict.fromkeys(range(0, 300, 9), DRAWS)})]
     )
-    assert (only.document, only.share) == (0, 1) and only.places[0].peak == 120
+    assert (only.document, only.share) == (0, 1) and only.peaks[0] == 120
     (only,) = choose(asked(ONE), [made({}, 5)])
     assert only.document == 0 and only.share == 1
     # So are documents of which none has more than the other.
     pair = choose(asked(ONE), [made({120: ONE})] * 2)
     assert [choice.score for choice in pair] == [0, 0] and sum(choice.share for choice in pair) == 1
-    assert [choice.places[0].peak for choice in pair] == [120, 120]
+    assert [choice.peaks[0] for choice in pair] == [120, 120]
 
 
-def test_places_do_not_overlap_and_end_with_the_document() -> None:
-    document = made({60: ONE, 80: ONE, 100: ONE, 299: ONE})
-    found = sorted(places([flat(q) for q in asked(ONE)], torch.zeros(1, 16), document))
-    assert [(place.first, place.last) for place in found] == [(28, 93), (93, 133), (267, 300)]
+def test_peaks_are_of_places_that_do_not_overlap() -> None:
+    (only,) = choose(asked(ONE), [made({60: ONE, 80: ONE, 100: ONE, 299: ONE})])
+    assert only.peaks == (60, 100, 299)

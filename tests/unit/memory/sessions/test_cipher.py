@@ -118,7 +118,7 @@ def test_nothing_of_a_text_is_in_its_file(path):
 
 
 def test_no_two_writes_share_a_key(tmp_path):
-    """A pin rewrites the file: under the key of before, nonces would come again."""
+    """A rename rewrites the file: under the key of before, nonces would come again."""
     found = set()
     for number in range(20):
         write_state(tmp_path / "x", header(), TOKENS_IN, ROW, KEY)
@@ -238,9 +238,9 @@ def test_a_header_with_a_right_seal_is_checked_too(path):
 
 def test_a_server_with_a_key_keeps_its_states_over_a_restart(tmp_path, key_file):
     server = Server(tmp_path / "states", memory=0, ranks=2, key_file=key_file)
-    server.say(TEXT[:100], "agent-7")
+    server.say(TEXT[:100], "agent")
     server.settle()
-    server.manager.pin("agent-7")
+    server.manager.rename("agent", "agent-7")
     server.manager.fork("agent-7", "agent-8")
     server.settle()
     assert server.manager.tokens("agent-8")["tokens"] == TEXT[:100]
@@ -248,7 +248,7 @@ def test_a_server_with_a_key_keeps_its_states_over_a_restart(tmp_path, key_file)
         assert metadata(file)["cipher"] and b"agent-" not in file.read_bytes()
     server.close()
     server = Server(tmp_path / "states", memory=0, ranks=2, key_file=key_file)
-    assert server.restore(TEXT) == 100 and server.manager.show("agent-7")["pinned"]
+    assert server.restore(TEXT) == 100 and server.manager.show("agent-7")["tokens"] == 100
     assert not server.store.failures
 
 

@@ -43,26 +43,21 @@ def after_a_start(server, tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["full", "slow"])
-@pytest.mark.parametrize("change", ["rename", "pin"])
 def test_a_change_that_is_not_written_leaves_the_file_and_the_header(
-    server, tmp_path, monkeypatch, fault, change
+    server, tmp_path, monkeypatch, fault
 ):
-    state = server.say(TEXT[:100], "agent-7")
+    server.say(TEXT[:100], "agent-7")
     server.settle()
     break_rewrites(server, monkeypatch, fault)
-    if change == "rename":
-        answer = server.ask("rename", session="agent-7", to="agent-8")
-    else:
-        answer = server.ask("pin", reference="agent-7")
+    answer = server.ask("rename", session="agent-7", to="agent-8")
     assert answer["kind"] == "unavailable" and "all is as it was" in answer["error"]
     assert server.store.failures == {"io": 1}
     server.settle()
-    assert names(server) == {"agent-7"} and not state.header.pinned
+    assert names(server) == {"agent-7"}
     assert server.restore(TEXT) == 100
     monkeypatch.undo()
     other = after_a_start(server, tmp_path)
     assert names(other) == {"agent-7"} and other.restore(TEXT) == 100
-    assert not other.manager.show("agent-7")["pinned"]
 
 
 @pytest.mark.parametrize("fault", ["full", "slow"])
@@ -276,28 +271,20 @@ def test_states_expire_on_a_server_without_requests(server):
     assert server.workers[0].num_states == (1 if server.store.memory.budget else 0)
 
 
-@pytest.mark.parametrize("change", ["rename", "pin", "tail"])
-def test_servers_share_names_pins_and_tails(tmp_path, change):
+@pytest.mark.parametrize("change", ["rename", "tail"])
+def test_servers_share_names_and_tails(tmp_path, change):
     one, two = Server(tmp_path, disk=3 * 1000), Server(tmp_path, disk=3 * 1000)
     state = one.say(TEXT[:100], "agent-7", kind="prompt")
     one.settle()
     two.store.upkeep.refresh()
     if change == "rename":
         one.ask("rename", session="agent-7", to="agent-8")
-    elif change == "pin":
-        one.ask("pin", reference="agent-7")
     else:
         one.say(TEXT[:100], "agent-7", tail=[7])
         one.settle()
     two.store.upkeep.refresh()
     theirs = replace(two.store.states[state.id].header, rank=0)
     assert theirs == state.header
-    if change == "pin":  # what one pinned the other does not evict
-        for n in range(9):
-            two.say([n] * 10, f"other-{n}")
-            two.settle()
-        assert "agent-7" in names(two)
-        assert one.store.directory.files(state.id)[0].exists()
 
 
 def test_a_servers_own_change_is_not_undone_by_what_it_reads(tmp_path):
@@ -376,7 +363,7 @@ def test_a_file_that_cannot_be_read_now_is_not_deleted(tmp_path, monkeypatch):
     assert again.restore(TEXT) == 100
 
 
-VERBS = ("say", "tail", "rename", "pin", "delete", "fork", "restart")
+VERBS = ("say", "tail", "rename", "delete", "fork", "restart")
 STEPS = st.lists(
     st.tuples(
         st.sampled_from(VERBS),
@@ -447,8 +434,6 @@ def carry_out(server, verb, session, waits):
         server.say(text[:longest], session, tail=[3])
     elif verb == "rename":
         return ask("rename", session=session, to="aside")
-    elif verb == "pin":
-        return ask("pin", reference=session)
     elif verb == "fork":
         return ask("fork", reference=session, to="twig")
     elif verb == "delete":

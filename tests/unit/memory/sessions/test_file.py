@@ -158,7 +158,6 @@ def test_what_containers_left_is_removed_when_it_is_old(tmp_path):
     """Process 1 of a container that is gone is alive to every other, under any name of a host."""
     names = (
         ".x.other.1.partial", f".x.{_HOST}.1.partial", f".x.{_HOST}.1-0a1b2c3d.partial",
-        ".tmpa1B2c3",  # of the safetensors library, with which files were written once
     )  # fmt: skip
     kept = (".notes", "x.partial", ".tmp", "agent.lola.safetensors")
     for name in (*names, *kept):

@@ -181,12 +181,9 @@ def test_what_requests_start_from(server: Server) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["move", "--from", "none", "--to", "sk-secret"], "--to: must be none, file:PATH"),
-        (["move", "--from", "sk-secret", "--to", "none"], "or an owner as 'list' shows it"),
-        (["move", "--from", "none", "--to", "env:NO_SUCH"], "no such environment variable"),
-        (["move", "--from", "none", "--to", "file:/none"], "the key cannot be read"),
-        (["move", "--from", "none", "--to", "env:EMPTY"], "there is no key in it"),
-        (["move", "--from", "none", "--to", "env:MANY"], "it has 2 keys; give one"),
+        (["rm", "--keep", "env:NO_SUCH", "--yes"], "no such environment variable"),
+        (["rm", "--keep", "file:/none", "--yes"], "the key cannot be read"),
+        (["rm", "--keep", "env:EMPTY", "--yes"], "there is no key in it"),
         (["rm", "--keep", "sk-secret", "--yes"], "--keep: must be none"),
         (["list", "--lola-state-dir", "no-such"], "no such directory"),
     ],
@@ -202,7 +199,6 @@ def test_what_is_asked_of_a_directory(
     server.say(ONE, "one")
     server.settle()
     monkeypatch.setenv("EMPTY", " \n")
-    monkeypatch.setenv("MANY", "one\ntwo")
     verb, *more = words
     assert cli.main(["states", verb, "--lola-state-dir", str(tmp_path), *more]) == 2
     error = capsys.readouterr().err

@@ -132,7 +132,7 @@ def test_names_turns_forks_and_deletion(server):
 def assert_empty(server):
     store = server.store
     assert not store.states and not store.sessions and not store._tokens
-    assert not store.index._tails and not store.index._states
+    assert not store.index._states
     assert store.memory.nbytes == store.disk.nbytes == 0
     assert not store.memory._sessions and not store.disk._superseded
     assert all(worker.num_states == worker.num_waiting == 0 for worker in server.workers)
@@ -168,7 +168,7 @@ def test_ten_thousand_sessions_through_a_budget_of_a_hundred(tmp_path, memory, d
     assert_empty(server)
 
 
-def test_superseded_turns_leave_before_whole_sessions_and_pins_stay():
+def test_superseded_turns_leave_before_whole_sessions():
     server = Server(memory=4 * size_of(40))
     server.say(TEXT[:10], "old")
     server.say(TEXT[:20], "chat")
@@ -176,18 +176,10 @@ def test_superseded_turns_leave_before_whole_sessions_and_pins_stay():
     server.say(TEXT[:40], "chat")
     server.say(TEXT[:50], "chat")  # turn 1 of the chat goes, not the older session
     assert server.manager.show("chat")["turns"] == [2, 3, 4]
-    server.manager.pin("old")
     for n in range(5):
         server.say([n, n, n], f"other-{n}")
     names = {one["session"] for one in server.manager.sessions()}
-    assert "old" in names and "chat" not in names
-    with pytest.raises(Exception, match="at most half"):
-        for name in ("other-4", "other-3"):
-            server.manager.pin(name)
-    server.manager.pin("old", pinned=False)
-    for n in range(5):
-        server.say([n, n, n, n], f"another-{n}")
-    assert "old" not in {one["session"] for one in server.manager.sessions()}
+    assert not {"old", "chat"} & names
 
 
 def test_states_expire(tmp_path):
@@ -328,7 +320,6 @@ def test_threads_use_a_store_at_once(tmp_path):
             for i in range(300):
                 server.manager.sessions()
                 server.manager.call("fork", {"reference": "s-1", "to": f"fork-{i}"})
-                server.manager.call("pin", {"reference": f"fork-{i}"})
                 server.manager.call("delete", {"reference": f"fork-{i - 5}"})
                 server.store.upkeep.refresh()
         except Exception as error:

@@ -54,11 +54,12 @@ def test_it_is_told_that_a_document_is_gone(
         return []
 
     forgotten: list[str] = []
-    monkeypatch.setattr(asking, "_encoded", nothing)
+    tokenizer = SimpleNamespace(encode=lambda *_, **__: [])
     monkeypatch.setattr(asking, "most_tokens", lambda _: 100)
     engine: Any = SimpleNamespace(
         sessions=sessions, ask_workers=workers, read=nothing, later=asyncio.ensure_future,
         hearing=asyncio.Lock(), questions=Turns(), words=SimpleNamespace(find=nothing),
+        client=SimpleNamespace(renderer=SimpleNamespace(tokenizer=tokenizer)),
     )  # fmt: skip
     with pytest.raises(HTTPException) as refused:
         asyncio.run(asked(engine))
@@ -88,7 +89,7 @@ def test_a_question_crosses_to_the_engine_three_times(monkeypatch: pytest.Monkey
         if method == "hear":
             return HEARD
         assert arguments["made"] == made and arguments["by_words"] == [0]
-        choice = {"document": 0, "score": 2.0, "share": 0.5, "places": [[0, 9, 1.0, 3]]}
+        choice = {"document": 0, "score": 2.0, "share": 0.5, "peaks": [3]}
         return {"found": [{**choice, "tokens": [5] * 40}], "transcript": transcript}
 
     async def read(*_: Any) -> None:

@@ -13,15 +13,14 @@ from lola_vllm.memory.sessions.owner import engine_salt, owner_of
 from lola_vllm.memory.sessions.prefix_hash import salt_hash
 from lola_vllm.serving import plugin
 from lola_vllm.serving.sessions import owners
-from lola_vllm.serving.sessions.lock import lock_session
+from lola_vllm.serving.sessions.management import lock_session
 from lola_vllm.serving.sessions.owners import (
     NO_KEY,
     OwnerMiddleware,
     Owners,
     owned,
 )
-from lola_vllm.serving.sessions.reporting import reported
-from lola_vllm.serving.sessions.wrappers import wrap_generate
+from lola_vllm.serving.sessions.wrappers import reported, wrap_generate
 
 PARAMS = SimpleNamespace(extra_args=None)
 
@@ -105,7 +104,7 @@ def test_a_request_without_a_key_has_no_states_where_there_are_keys(keys, header
     asked = {"from": "agent-7", "save": "agent-7"}
     params = SimpleNamespace(extra_args={"kv_transfer_params": {"lola": asked}, "more": 1})
     client = Client()
-    wrap_generate(client, SimpleNamespace())
+    wrap_generate(client, stores=True)
     found = []
 
     async def app(scope, receive, send):

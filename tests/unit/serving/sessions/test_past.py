@@ -145,7 +145,7 @@ def test_what_was_composed_for_an_answer_is_deleted_at_its_end(
     monkeypatch.setattr(generate, "check_length", lambda *_: None)
     monkeypatch.setattr(generate, "_transcript", given(SESSION))
     monkeypatch.setattr(generate, "_recalled", given(recalled))
-    monkeypatch.setattr(generate._Finish, "__call__", given(None))
+    monkeypatch.setattr(generate, "_read_on", given(None))
     how: Any = SimpleNamespace(prompt=given([1]), generate=reply, kind="text_completion")
 
     async def request() -> None:
