@@ -1,7 +1,7 @@
-"""Decoders that are no Llama, served: the answers are those of transformers and of its stock model.
+"""Models of many families, served: the answers are those of transformers and of its stock model.
 
-Llama, Mistral, Qwen2 and Qwen3 have `test_hf_logprobs.py`. Here is one family of each kind;
-`tests/unit/models/test_families.py` has all of them in transformers.
+Here is one family of each kind; `tests/unit/models/test_families.py` has all of them in
+transformers.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ SERVED = (
     "mixtral",  # experts
     "olmo2",  # norms behind, and of q and k as a whole
     "phi3",  # one matrix for q, k and v
+    "qwen2",  # biases, in vLLM's own Llama
+    "qwen3",  # norms of queries and keys, in vLLM's own Llama
     "smollm3",  # a layer without RoPE
     "starcoder2",  # LayerNorm and biases
 )
