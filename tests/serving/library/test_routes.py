@@ -101,16 +101,6 @@ def test_an_answer_names_its_sources(shelf: Server) -> None:
     assert [one["session"] for one in found["sources"]] == [one["session"] for one in sources[:2]]
 
 
-def test_the_first_part_answers_with_the_passages_of_three(shelf: Server) -> None:
-    question = {"prompt": "A sparse cache holds the pairs at the harbour", **GREEDY}
-    answer = ok(shelf.client.post(f"{BASE}/shelf/complete", json=question))
-    first = answer["sources"][0]
-    read = answer["usage"]["prompt_tokens"] - first["tokens"]
-    alone = ok(shelf.client.post("/tokenize", json={"prompt": question["prompt"]}))["count"]
-    passages = sum(len(source["passage"].split()) for source in answer["sources"])
-    assert read > alone + passages
-
-
 def test_a_session_goes_on_from_an_answer(shelf: Server) -> None:
     body = {"prompt": "The harbour is", "session": "on", **GREEDY}
     first = ok(shelf.client.post(f"{BASE}/shelf/complete", json=body))
