@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lola_vllm.command import cli
 from lola_vllm.core.config import LolaConfig, LolaConfigError
 from lola_vllm.core.state import StateLayout
 from lola_vllm.engine.estimate import Estimate, Row, estimate, format_table
@@ -132,16 +131,6 @@ def test_bytes_are_those_of_the_layout(
         assert row.parts["sparse K/V"] == rest["sparse_k"] + rest["sparse_v"]
         assert row.parts["H"] == rest["H"] and row.parts["s"] == rest["s"]
     assert result.full_kv_bytes[4096] == 4096 * 32 * kv * 256 * torch_dtype.itemsize
-
-
-def test_int8_pairs_and_their_scales_are_the_sparse_cache(tmp_path: Path) -> None:
-    lola = {"sparse_cache_size": 512, "sparse_dtype": "int8"}
-    result = estimate(write(tmp_path), lola)
-    pairs = 32 * 8 * 512  # layers, sparse sets, pairs of each
-    assert chosen(result).parts["sparse K/V"] == pairs * 2 * (128 + 4)
-    assert chosen(result).bytes_per_sequence == sum(chosen(result).parts.values())
-    text = format_table(result)
-    assert "sparse cache 512 as int8" in text and "scale" not in text
 
 
 @pytest.mark.parametrize(
@@ -267,9 +256,3 @@ def test_state_heads_that_ranks_cannot_share(tmp_path: Path) -> None:
 
 
 # ---- the command
-
-
-def test_errors_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["estimate", str(write(tmp_path, model_type="bert"))]) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("lola-vllm: error: ") and captured.out == ""

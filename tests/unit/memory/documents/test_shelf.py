@@ -110,9 +110,3 @@ def test_files_stay_open_until_they_are_dropped(
     for name in "abc":
         keys_file(tmp_path, name * 32).unlink()
     assert [name for name in "abc" if same(kept.find(name * 32), keys_of(ROW, 20))] == ["b"]
-
-
-def test_those_of_the_newest_tokens_are_not_kept(tmp_path: Path) -> None:
-    kept = KeyShelf(keys_of, tmp_path)
-    assert same(kept.newest(ROW, 20, 7), keys_of(ROW, 7))
-    assert not kept._held and not list(tmp_path.iterdir())

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 
 import pytest
 
@@ -112,16 +111,6 @@ def test_states_of_no_key_move_to_a_key_and_from_key_to_key(
         told = capsys.readouterr()
         assert "3 states are not read" in told.err and "give it with --lola-state-key" in told.err
         assert told.out == "no states that can be read\n"
-
-
-def test_states_that_move_keep_the_time_of_their_last_use(directory):
-    for number, file in enumerate(sorted(directory.rglob("*.safetensors"))):
-        os.utime(file, (1e9 + number, 1e9 + number))
-    times = {f.stat().st_mtime for f in directory.rglob("*.safetensors")}
-    assert states(directory, "move", "--from", "none", "--to", "env:TWO") == 0
-    files = list(directory.rglob("*.safetensors"))
-    assert {file.stat().st_mtime for file in files} == times
-    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
 
 
 def test_a_shared_beginning_is_deleted_with_the_last_session_that_was_moved(tmp_path):

@@ -114,19 +114,6 @@ def test_segments_go_when_their_session_is_evicted(tmp_path: Path) -> None:
     assert server.workers[0].num_states == 1
 
 
-def test_segments_go_when_their_session_expires(server: Server) -> None:
-    server.say(TEXT[::-1], "brief", ttl=50)
-    keep(server, 0, TEXT[::-1][:SIZE], session="brief")
-    server.say([7, *TEXT[::-1]], "brief", ttl=20)  # ends before the turn that it goes on from
-    server.settle()
-    server.clock.now += 60
-    server.store.expire()
-    server.settle()
-    assert segments(server) == [0, 1]
-    left = {state.header.session for state in server.store.states.values()}
-    assert left == {"chat", "library-chat-0-1", "library-chat-1-2"}
-
-
 def test_a_killed_server_leaves_no_segment_without_its_session(tmp_path: Path) -> None:
     server = Server(tmp_path)
     session = server.say(TEXT, "chat")
@@ -191,15 +178,6 @@ def test_segments_of_a_deleted_turn_go(server: Server) -> None:
     assert segments(server) == [0, 1, 2]
     assert server.ask("delete", reference="chat@2") == {"deleted": 2}
     assert segments(server) == [0, 1]
-
-
-def test_their_owner_sees_that_they_exist(server: Server) -> None:
-    nbytes = 2 * server.store.state_bytes(SIZE, True)
-    (listed,) = server.ask("sessions")
-    shown = server.ask("show", session="chat")
-    for one in (listed, shown):
-        assert (one["segments"], one["segment_bytes"]) == (2, nbytes)
-    assert server.ask("sessions", salt="other") == []
 
 
 def test_segments_are_renamed_and_deleted_with_their_session(server: Server) -> None:

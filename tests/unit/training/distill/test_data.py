@@ -150,17 +150,6 @@ def test_too_little_text_is_repeated_with_a_warning(
     assert "have text for" in record.getMessage() and "to make 40 rows" in record.getMessage()
 
 
-def test_every_row_starts_with_bos_where_the_tokenizer_adds_one(tmp_path: Path) -> None:
-    tokenizer = make_tokenizer(bos=True)
-    path = write_text(tmp_path / "a.txt", documents("d", 100))
-    options = RowOptions(row_length=128, num_rows=20, retrieval_fraction=0.25)
-    rows = training_rows([path], tokenizer, options)
-    text = ~rows.answers.any(dim=1)
-    assert text.sum() == 15
-    assert (rows.tokens[text, 0] == 1).all()
-    assert (rows.tokens[text, 1:] != 1).all()
-
-
 # --- chats and data sets
 
 
