@@ -7,15 +7,12 @@ import pytest
 import torch
 
 from lola_vllm.core.config import LolaConfig
-from lola_vllm.core.ops import PrefillBatch, context_shift
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 from tests.support.backends import fewer
-from tests.support.pages import assert_state_matches
-from tests.support.problem import make_problem, prefill
+from tests.support.problem import make_problem
 
 SCHEDULE = ShiftSchedule(length=32, interval=8)
 T = 61  # four context shifts: before the tokens at 32, 40, 48 and 56
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 def config_of(lam=5, interval=4, sink=3, window=6, **others):
@@ -159,50 +156,6 @@ def test_narrow_keys(backend, dtype):
     """With a cache that holds all: keys that are rounded as they rotate choose no other pairs."""
     problem = make_problem(T, config_of(100), dtype=dtype, schedule=SCHEDULE, scale=0.5)
     backend.check(problem, [15], decode_from=50)
-
-
-@pytest.mark.prompts
-@pytest.mark.parametrize("interval", [1, 4])
-@fewer("interpreted", interval=[4])
-def test_rows_that_cross_different_points(backend, interval):
-    """Rows of one call, and padding that claims to be due, are as each row alone."""
-    device = backend.device
-    # Tokens in the page, new ones, state_index.
-    batch = [(30, 30, 3), (40, 9, 0), (0, 45, 1), (32, 1, -1), (31, 1, 4), (40, 8, 6), (56, 0, 5)]
-    config, schedule = config_of(5, interval), replace(SCHEDULE, fold_rotation=1)
-    rows = [
-        make_problem(old + new, config, dtype=backend.dtype, seed=old, schedule=schedule)
-        for old, new, _ in batch
-    ]
-    rows = [row.of_layer(rows[0]) for row in rows]
-    there = [row.to(device) for row in rows]
-    state = there[0].state(num_pages=8)
-    for row, (old, _, state_index) in zip(there, batch, strict=True):
-        if state_index > 0 and old:
-            prefill(backend, row, state, 0, old, state_index)
-    idle = state.pages[5].clone()
-    parts = [row.tokens(old, old + new) for row, (old, new, _) in zip(there, batch, strict=True)]
-    q, k, v = (torch.cat(x) for x in zip(*parts, strict=True))
-    contexts, lengths, state_indices = (list(x) for x in zip(*batch, strict=True))
-    out = torch.full_like(q, torch.nan)
-    starts = torch.tensor([0, *lengths]).cumsum(0)
-    call = PrefillBatch(torch.tensor(state_indices, device=device), starts, torch.tensor(contexts))
-    context_shift.prefill(
-        backend.prefill, state, q, k, v, context_shift.split_prefill(schedule, call), out
-    )
-    assert torch.equal(state.pages[5], idle)  # at a point, but with no token after it
-    pages = state.pages.cpu()
-    state = rows[0].bind(pages)
-    for row, answer, (old, _, state_index) in zip(
-        rows, out.cpu().split(lengths), batch, strict=True
-    ):
-        if state_index <= 0:
-            assert (answer == 0).all()
-            continue
-        expected, final = row.reference()
-        torch.testing.assert_close(answer.double(), expected[old:], **backend.close)
-        assert_state_matches(row, state, state_index=state_index, expected=final, **CLOSE)
-    assert all((pages[page] == 0xFF).all() for page in (0, 2, 7))
 
 
 def test_a_page_is_shifted_once_and_when_its_next_token_comes():

@@ -325,22 +325,6 @@ def test_a_chat_is_renamed_chosen_and_deleted(browser, lola_server):
     assert lola_server.client.get("/v1/lola/sessions/renamed-chat").status_code == 404
 
 
-def test_code_stands_in_blocks_and_nothing_is_read_as_html(browser):
-    text = "Look:\n```python\nif a < b:\n    <img src=x>\n```\n<b>bold</b>\n\n```\nopen"
-    parts = browser.run(
-        "const done = arguments[0]; return import('./lola/chat/blocks.js').then(({ render }) =>"
-        " [...render(done).childNodes].map((e) => [e.tagName, e.textContent, e.innerHTML]))",
-        text,
-    )
-    assert [part[:2] for part in parts] == [
-        ["P", "Look:"],
-        ["PRE", "if a < b:\n    <img src=x>"],
-        ["P", "<b>bold</b>"],
-        ["PRE", "open"],
-    ]
-    assert "&lt;b&gt;" in parts[2][2]
-
-
 @pytest.mark.parametrize(
     ("size", "dark"), [(DESKTOP, True), (PHONE, False)], ids=["desktop", "phone"]
 )

@@ -147,33 +147,6 @@ def test_sliders_choose_layer_and_head(shown, memory, layer, head):
     assert shown.held() == counts(memory, layers, heads)
 
 
-def test_hovering_tells_errors_and_stays(shown, memory):
-    browser = shown.browser
-    shown.set("#layer", 6)
-    shown.set("#head", 2)
-    head = memory["layers"][5]["heads"][1]
-    position, error, entered = (head[name][3] for name in ("positions", "errors", "entered"))
-    browser.hover(shown.token(position))
-    tip = browser.text("#tip")
-    assert f"position {position}, id {memory['tokens'][position]}" in tip
-    assert "held by 1 of 1 heads" in tip and f"entered 1 cache after {entered:,} tokens" in tip
-    told = float(re.search(r"recall error ([\d.]+)", tip)[1])
-    assert told == pytest.approx(error, rel=1e-3)
-
-    gone, entered, left = head["gone"][0]
-    browser.hover(shown.token(gone))
-    tip = browser.text("#tip")
-    assert "in the hidden state" in tip and f"left 1 of them after {left:,}" in tip
-    folded = [p for p in range(4, memory["window_start"]) if p not in head["positions"]]
-    told = float(re.search(r"recall error where it is folded ([\d.]+)", tip)[1])
-    assert told == pytest.approx(head["forgotten"][folded.index(gone)], rel=1e-3)
-
-    browser.hover(".pane:not([hidden]) .text .window")
-    assert "in the window" in browser.text("#tip")
-    browser.hover("h1")
-    assert browser.run("return document.getElementById('tip').hidden")
-
-
 # --- heads and spans
 
 

