@@ -10,13 +10,12 @@ import pytest
 from lola_vllm.command import cli
 from lola_vllm.engine.vllm import config_hook, refusals
 from lola_vllm.engine.vllm.compat import SUPPORTED, TESTED
+from tests.support.documented import ROOT, commands
 from tools.site import config_table, picture
 
-ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 BESIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 PAGES = [*(ROOT / name for name in BESIDE), *sorted(DOCS.rglob("*.md"))]
-CODE = re.compile(r"^```\w*\n(.*?)^```$|((?:^(?: {4}.*)?\n)+)", re.M | re.S)
 page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 
 
@@ -115,19 +114,11 @@ def test_the_releases_of_vllm_are_those_that_are_supported():
     assert said == {v: TESTED.contains(f"{v}.0") for v in supported}
 
 
-def commands(text: str) -> list[str]:
-    """The calls of `lola-vllm` in the code of a page, lines that go on joined."""
-    code = "\n".join(a or b for a, b in CODE.findall(text)).replace("\\\n", " ")
-    found = re.findall(r"^\s*(?:\.venv/bin/)?lola-vllm (.*)$", code, re.M)
-    return [call.split("  #")[0] for call in found]
-
-
 @page
 def test_commands_are_such_as_the_program_takes(page):
-    parser = cli._parser()
-    calls = commands(page.read_text())
+    parser, program = cli._parser(), re.compile(r"(?:\.venv/bin/)?lola-vllm ")
+    calls = [call for call in commands(page) if program.match(call)]
     assert len(calls) >= {"README.md": 5, "checkpoints.md": 3, "evaluation.md": 4}.get(page.name, 0)
     for call in calls:
-        if re.search(r"[\[(|]|\.\.\.", call.split("'")[0]) or call.startswith("error:"):
-            continue  # a synopsis, or a message
-        parser.parse_args(shlex.split(call))
+        if not re.search(r"[\[(|]|\.\.\.", call.split("'")[0]):  # a synopsis
+            parser.parse_args(shlex.split(program.sub("", call)))
