@@ -191,6 +191,7 @@ def test_a_document_stays_until_the_new_one_is_whole(tiny: Server) -> None:
     where = f"{BASE}/anew/documents"
     with tiny.client.stream("POST", where, json=LONG) as stream:
         next(stream.iter_lines())
+        refused(add(tiny, "anew", "one", HARBOUR, replace=True), 409, "is adding it to 'anew'")
         assert sizes(tiny, "anew") == before  # and the client leaves
     deadline = time.monotonic() + 60
     answer = add(tiny, "anew", "one", GARDEN)
@@ -202,16 +203,6 @@ def test_a_document_stays_until_the_new_one_is_whole(tiny: Server) -> None:
     with tiny.client.stream("POST", where, json=LONG) as stream:
         assert "[DONE]" in stream.read().decode()
     assert len(sizes(tiny, "anew")) > len(before)
-
-
-def test_two_requests_that_add_a_title_do_not_mix_their_parts(tiny: Server) -> None:
-    with tiny.client.stream("POST", f"{BASE}/both/documents", json=LONG) as stream:
-        lines = stream.iter_lines()
-        next(lines)
-        refused(add(tiny, "both", "one", HARBOUR, replace=True), 409, "is adding it to 'both'")
-        *_, last = (json.loads(line[6:]) for line in lines if line.startswith("data: {"))
-    added = [part["tokens"] for part in last["parts"]]
-    assert len(added) > 10 and sizes(tiny, "both") == added
 
 
 def test_a_refused_question_leaves_no_session(shelf: Server) -> None:

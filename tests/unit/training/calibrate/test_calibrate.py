@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lola_vllm.command import cli
 from lola_vllm.core.ops.reference import feature_map, pair_importance, self_recall_error
@@ -45,27 +45,14 @@ from lola_vllm.training.calibrate.prompts import (
 from lola_vllm.training.calibrate.reader import ATTENTION, attention, read
 from lola_vllm.training.calibrate.sizes import AttentionGains, divide, divide_among
 from lola_vllm.training.texts import SEPARATOR, is_held_out
+from tests.unit.training.distill.test_distill import write_base
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A random Llama with grouped heads whose tokens are letters."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    out = tmp_path / "base"
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.4,
-        )
-    ).save_pretrained(out)  # fmt: skip
-    letters = {chr(33 + i): i for i in range(64)}
-    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="!"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(out)
-    return out
+    """Its tokens are letters: token i is chr(33 + i), if i < 64."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "head_dim": 8}
+    return write_base(tmp_path / "base", **sizes, max_position_embeddings=2048)
 
 
 def test_pairs_are_as_good_as_any_other_choice() -> None:
