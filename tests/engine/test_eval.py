@@ -99,18 +99,6 @@ def test_a_setting_has_a_process_and_its_refusal_reaches_the_user(
 # --- in this process
 
 
-def test_equal_models_answer_equally(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    in_this_process(monkeypatch)
-    options = ["--tasks", "niah-1", "--lengths", "512", "--samples", "2"]
-    stock, wide, narrow = (
-        [sample["answer"] for sample in row["samples"]]
-        for row in evaluate(place, tmp_path, "recall", *options)
-    )
-    assert stock == wide != narrow and all(stock)
-
-
 def test_equal_models_predict_equally_by_windows_and_along_a_stream(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

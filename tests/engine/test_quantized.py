@@ -4,7 +4,6 @@ With a window above the sequence length LoLA is full attention, so a quantized L
 give the log-probabilities of the stock Llama that is quantized in the same way.
 """
 
-import json
 from pathlib import Path
 
 import pytest
@@ -18,25 +17,11 @@ from tests.support.engine import engine, prompt_logprobs
 from tools.support.tiny import make_tiny, random_prompts
 
 LOLA = {"window_size": 16, "sparse_cache_size": 8}
-WIDE = {"hf_overrides": {"lola_config": {"window_size": 256}}}
 PROMPTS = random_prompts([5, 60, 150], seed=4)
 CAPABLE = torch.cpu.get_capabilities()
 needs_int4 = pytest.mark.skipif(
     not CAPABLE.get("avx512_f"), reason="vLLM has a 4-bit kernel for processors with AVX-512 alone"
 )
-
-
-def make_stock(lola: Path, out: Path) -> Path:
-    """The plain Llama inside a LoLA checkpoint."""
-    maps = ("feature_map_q", "feature_map_k", "window_factors")
-    tensors = load_file(lola / "model.safetensors")
-    config = json.loads((lola / "config.json").read_text())
-    del config["lola_config"]
-    config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    out.mkdir()
-    (out / "config.json").write_text(json.dumps(config))
-    save_file({k: t for k, t in tensors.items() if not k.endswith(maps)}, out / "model.safetensors")
-    return out
 
 
 def logprobs(model: Path, **options) -> Tensor:
@@ -47,19 +32,6 @@ def logprobs(model: Path, **options) -> Tensor:
 @pytest.fixture
 def tiny(tmp_path):
     return make_tiny(tmp_path / "tiny", LOLA, head_dim=32)  # stock CPU attention has no 16
-
-
-@pytest.mark.parametrize("weights", ["int8", pytest.param("int4", marks=needs_int4)])
-def test_a_wide_window_gives_the_quantized_stock_model(tmp_path, tiny, weights):
-    quantize_checkpoint(tiny, tmp_path / "lola", weights)
-    lola = logprobs(tmp_path / "lola", **WIDE)
-    stock = logprobs(make_stock(tmp_path / "lola", tmp_path / "stock"))
-    plain = logprobs(tiny, **WIDE)
-    # bfloat16 rounds the two attentions differently, most on processors with AMX; quantizing moves
-    # all of them further.
-    difference = (lola - stock).abs()
-    assert difference.mean() < 0.05
-    assert difference.mean() < (lola - plain).abs().mean()
 
 
 def stands_for(quantized: Path, plain: Path, out: Path) -> Path:

@@ -1,12 +1,8 @@
 """What a request may ask for beside greedy tokens: n, seeds, logprobs, stops, structured output."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from vllm import SamplingParams, TokensPrompt
-from vllm.sampling_params import StructuredOutputsParams
 
 from tests.support.engine import GREEDY, engine, prompt_logprobs, state_manager
 from tests.support.oracle import Oracle
@@ -15,7 +11,6 @@ from tools.support.tiny import random_prompts
 LOLA = {"window_size": 16, "sparse_cache_size": 24}
 PROMPTS = random_prompts([1, 16, 45, 130, 222], seed=8)
 SEEDED = {"temperature": 1.0, "seed": 5}
-SMOLLM2 = Path(__file__).parents[2] / "models" / "smollm2-lola"
 
 
 @pytest.fixture(scope="module")
@@ -60,37 +55,3 @@ def test_prompt_logprobs_are_close_to_the_recompute(llm, tiny):
     for prompt, row in zip(PROMPTS, prompt_logprobs(llm, PROMPTS)[1], strict=True):
         truth = oracle.logprobs(prompt)[range(len(prompt) - 1), prompt[1:]]
         torch.testing.assert_close(torch.tensor(row).double(), truth, rtol=0, atol=1e-4)
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    with engine(
-        SMOLLM2, skip_tokenizer_init=False, kv_cache_memory_bytes=2**28, max_num_seqs=4
-    ) as llm:
-        yield llm
-
-
-def ask(llm, text, **sampling):
-    messages = [{"role": "user", "content": text}]
-    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 80, **sampling})
-    return llm.chat(messages, params, use_tqdm=False)[0].outputs[0]
-
-
-def test_structured_output_obeys_its_schema(smollm2):
-    schema = {
-        "type": "object",
-        "properties": {
-            "city": {"type": "string", "maxLength": 20},
-            "millions": {"type": "integer", "minimum": 0, "maximum": 99},
-            "capital": {"type": "boolean"},
-        },
-        "required": ["city", "millions", "capital"],
-        "additionalProperties": False,
-    }
-    question = "Describe Paris as JSON."
-    answer = ask(smollm2, question, structured_outputs=StructuredOutputsParams(json=schema))
-    found = json.loads(answer.text)
-    assert set(found) == {"city", "millions", "capital"}
-    assert isinstance(found["millions"], int) and isinstance(found["capital"], bool)
-    with pytest.raises(ValueError):  # so it was the schema that made it JSON
-        json.loads(ask(smollm2, question).text)

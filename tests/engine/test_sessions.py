@@ -261,19 +261,6 @@ def test_a_state_that_cannot_be_read_is_computed_again(tiny, cold, tmp_path, dam
         assert ask(llm, whole + cold.tail)[0] == cold(whole + cold.tail)
 
 
-def test_states_of_another_model_dtype_or_adapter_are_not_found(tiny, cold, tmp_path):
-    with engine(tiny, **BASE, **store_options(tmp_path)) as llm:
-        ask(llm, cold.text, save="s")
-    same = {"max_num_seqs": 4, "max_num_batched_tokens": 100, "enable_prefix_caching": True}
-    for found, options in ((True, same), (False, {"dtype": "bfloat16"})):
-        with engine(tiny, **options, **store_options(tmp_path)) as llm:
-            told = told_of(llm, cold.text + cold.tail, from_="s")
-            assert bool(told["restored_tokens"]) == found
-    other = make_tiny(tmp_path / "model", LOLA, seed=1)
-    with engine(other, **BASE, **store_options(tmp_path)) as llm:
-        assert told_of(llm, cold.text + cold.tail)["restored_tokens"] == 0
-
-
 def test_each_rank_stores_its_part(tiny, cold, tmp_path):
     whole = cold.text + cold.first
     for known in (whole, whole + cold.tail):  # the second time the same text comes again

@@ -54,48 +54,6 @@ def test_a_layer_as_the_demo_models_passes(backend):
     assert not faults(backend, state)
 
 
-def test_the_steps_pass_through_every_branch(monkeypatch):
-    """Updates that fold, caches that fill, a cache of none, both maps, a row on each side of the
-    first context shift, padding."""
-    seen = set()
-
-    def look(op):
-        def run(state, q, k, v, batch, out):
-            op(state, q, k, v, batch, out)
-            is_prefill = hasattr(batch, "context_lens")
-            for row, index in enumerate(batch.state_indices.tolist()):
-                if index <= 0:
-                    seen.add("padding")
-                    continue
-                if is_prefill:
-                    before = int(batch.context_lens[row])
-                    starts = batch.query_start_loc
-                    n = before + int(starts[row + 1] - starts[row])
-                else:
-                    n = int(batch.seq_lens[row])
-                    before = n - 1
-                for group in state.groups:
-                    page = group.layout
-                    seen.add(("size", page.sparse_cache_size > 0))
-                    counts = torch.arange(before + 1, n + 1)
-                    folds = page.update_due(counts) & (page.num_folded(counts) > 0)
-                    seen.add((("prefill" if is_prefill else "decode"), "folds", bool(folds.any())))
-                    rotated = n > state.weights.rotated_map_after
-                    seen.add(("rotated", rotated, bool(page.num_folded(torch.tensor(n)) > 0)))
-                    full = page.num_evicted(torch.tensor(before)) > page.sparse_cache_size
-                    seen.add(("full", bool(full)))
-
-        return run
-
-    watched = Backend("watched", look(portable.decode), look(portable.prefill))
-    assert not faults(watched, self_check.example_layer(torch.device("cpu"), torch.float32))
-    assert seen >= {
-        "padding", ("size", True), ("size", False), ("full", True), ("full", False),
-        ("prefill", "folds", True), ("decode", "folds", True), ("decode", "folds", False),
-        ("rotated", True, True), ("rotated", False, True), ("rotated", False, False),
-    }  # fmt: skip
-
-
 # --- broken on purpose ---
 
 

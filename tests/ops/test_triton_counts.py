@@ -158,44 +158,38 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("sizes", [SMALL, LARGE])
+@pytest.mark.parametrize("sizes", [SMALL, LARGE, ((0, 0, 0),)])
 @pytest.mark.parametrize("fields", STEPS.values(), ids=STEPS)
 def test_a_decode_step_is_three_launches_a_layer(launches, sizes, fields):
-    """Also where its pairs are split among programs, as those of few rows are."""
+    """Also where its pairs are split among programs, as those of few rows are. Without sparse
+    entries none is scored."""
+    scores = ["score_kernel"] if any(map(sum, sizes)) else []
     for layer in layers_of(sizes, **fields):
         for rows in (1, 8, 300):
             launches.names.clear()
             decode(layer, rows)
-            assert launches.names == ["decode_kernel", "score_kernel", "fold_kernel"]
+            assert launches.names == ["decode_kernel", *scores, "fold_kernel"]
 
 
-def test_a_decode_step_without_sparse_entries_is_two_launches_a_layer(launches):
-    for rows in (1, 300):
-        launches.names.clear()
-        decode(layers_of(((0, 0, 0),))[0], rows)
-        assert launches.names == ["decode_kernel", "fold_kernel"]
+ONE = ["prefill_kernel"]
+TWO = [*ONE, "attend_kernel"]
 
 
 @pytest.mark.parametrize("sizes", [SMALL, LARGE])
-@pytest.mark.parametrize("lengths", [[1], [48] * 200, [2048] * 44])
-def test_a_prompt_is_one_launch_a_layer(launches, sizes, lengths):
-    for layer in layers_of(sizes):
-        launches.names.clear()
-        prefill(layer, lengths)
-        assert launches.names == ["prefill_kernel"]
-
-
-@pytest.mark.parametrize("sizes", [SMALL, LARGE])
-@pytest.mark.parametrize("lengths", [[2048], [2048] * 4, [9, 300]])
-def test_prompts_of_few_rows_are_two_launches_a_layer(launches, sizes, lengths):
+@pytest.mark.parametrize(
+    ("lengths", "first", "later"),
+    [
+        *((many, ONE, ONE) for many in ([1], [48] * 200, [2048] * 44)),
+        *((few, TWO, ONE) for few in ([2048], [2048] * 4, [9, 300])),
+    ],
+)
+def test_a_prompt_is_one_launch_a_layer_and_of_few_rows_two(launches, sizes, lengths, first, later):
     """The second attends all chunks; it needs keys and values of the whole sequence."""
     for layer in layers_of(sizes):
-        launches.names.clear()
-        prefill(layer, lengths)
-        assert launches.names == ["prefill_kernel", "attend_kernel"]
-        launches.names.clear()
-        prefill(layer, lengths, before=16)
-        assert launches.names == ["prefill_kernel"]
+        for before, names in ((0, first), (16, later)):
+            launches.names.clear()
+            prefill(layer, lengths, before)
+            assert launches.names == names
 
 
 @pytest.mark.parametrize(

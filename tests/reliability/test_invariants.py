@@ -6,7 +6,6 @@ bytes and the pairs that went in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import ModuleType
 
 import pytest
@@ -16,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lola_vllm.core.config import LolaConfig
-from lola_vllm.core.ops import DecodeBatch, LayerState, PrefillBatch, cpp, portable
-from lola_vllm.core.state import StateLayout, StateViews
+from lola_vllm.core.ops import LayerState, cpp, portable
+from lola_vllm.core.state import StateViews
 from tests.support.effort import cases
 from tests.support.problem import Problem, decode, make_problem, prefill
 
@@ -35,20 +34,9 @@ def extension():
     torch.set_num_threads(threads)
 
 
-@dataclass
-class Case:
-    """A layer, and sequences that it is to see, which share its weights."""
-
-    problems: list[Problem]
-
-    @property
-    def layout(self) -> StateLayout:
-        return self.problems[0].layout()
-
-
 @st.composite
-def layers(draw: st.DrawFn, sequences: int = 1, longest: int = 70) -> Case:
-    """Random parameters and heads; random pairs of `sequences` sequences."""
+def problems(draw: st.DrawFn) -> Problem:
+    """Random parameters and heads, and random pairs of a sequence."""
     group = draw(st.integers(1, 3), label="query heads per KV head")
     kv_heads = draw(st.integers(1, 2), label="KV heads")
     config = LolaConfig(
@@ -60,22 +48,15 @@ def layers(draw: st.DrawFn, sequences: int = 1, longest: int = 70) -> Case:
         sparse_sharing=draw(st.sampled_from(["none", "kv_head"]), label="sparse_sharing"),
     )
     per_query = draw(st.booleans(), label="maps per query head")
-    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), label="dtype")
-    seed = draw(st.integers(0, 2**16), label="seed")
-    problems = [
-        make_problem(
-            draw(st.integers(1, longest), label="tokens"),
-            config,
-            Hkv=kv_heads,
-            group=group,
-            Hs=kv_heads * group if per_query else None,
-            dtype=dtype,
-            seed=seed + i,
-        )
-        for i in range(sequences)
-    ]
-    first = problems[0]
-    return Case([first, *(p.of_layer(first) for p in problems[1:])])
+    return make_problem(
+        draw(st.integers(1, 70), label="tokens"),
+        config,
+        Hkv=kv_heads,
+        group=group,
+        Hs=kv_heads * group if per_query else None,
+        dtype=draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), label="dtype"),
+        seed=draw(st.integers(0, 2**16), label="seed"),
+    )
 
 
 @st.composite
@@ -93,17 +74,6 @@ def feed(
     if stop - start == 1 and start:
         return decode(ops, problem, state, start, state_index)
     return prefill(ops, problem, state, start, stop, state_index)
-
-
-def feed_all(
-    ops: ModuleType, problem: Problem, state: LayerState, state_index: int, ends: list[int]
-) -> Tensor:
-    """A whole sequence in pieces."""
-    starts = [0, *ends[:-1]]
-    pieces = [
-        feed(ops, problem, state, state_index, a, b) for a, b in zip(starts, ends, strict=True)
-    ]
-    return torch.cat(pieces)
 
 
 def features(problem: Problem, head: int, positions: list[int]) -> tuple[Tensor, Tensor]:
@@ -161,8 +131,7 @@ def assert_partition(problem: Problem, views: StateViews, state_index: int, n: i
 @cases(short=25, long=2000)
 @given(data=st.data())
 def test_every_position_is_in_exactly_one_memory(ops, data):
-    case = data.draw(layers())
-    (problem,) = case.problems
+    problem = data.draw(problems())
     state = problem.state()
     start = 0
     for stop in data.draw(schedules(len(problem.q))):
@@ -196,8 +165,8 @@ def recall_errors(
 @given(data=st.data())
 def test_what_is_kept_is_recalled_no_better_than_what_is_folded(ops, data):
     """At every update, against the hidden state as it was before it."""
-    case = data.draw(layers())
-    (problem,), layout = case.problems, case.layout
+    problem = data.draw(problems())
+    layout = problem.layout()
     interval, lam = problem.config.update_interval, problem.config.sparse_cache_size
     state = problem.state()
     close = CLOSE[problem.q.dtype]
@@ -221,137 +190,3 @@ def test_what_is_kept_is_recalled_no_better_than_what_is_folded(ops, data):
                 worst = recall_errors(problem, H, s, group, kept, empty).min()
                 best = recall_errors(problem, H, s, group, folded, empty).max()
                 assert worst >= best * (1 - close) - close
-
-
-def valid_parts(problem: Problem, views: StateViews, state_index: int, n: int) -> dict[str, Tensor]:
-    """Everything in a page that a count of n tokens vouches for, sparse pairs by position."""
-    layout, at = problem.layout(), torch.tensor(n)
-    sparse = int(layout.num_sparse(at))
-    order = views.positions[state_index, :, :sparse].long().argsort(-1)
-
-    def by_position(x: Tensor) -> Tensor:
-        index = order.unsqueeze(-1).expand(*order.shape, x.shape[-1])
-        return x[state_index, :, :sparse].gather(1, index)
-
-    exact = [*range(min(n, layout.sink_size)), *range(int(layout.window_start(at)), n)]
-    rows = layout.row(torch.tensor(exact))
-    parts = {
-        "positions": views.positions[state_index, :, :sparse].gather(1, order),
-        "sparse_k": by_position(views.sparse_k),
-        "sparse_v": by_position(views.sparse_v),
-        "exact_k": views.exact_k[state_index, :, rows],
-        "exact_v": views.exact_v[state_index, :, rows],
-    }
-    if int(layout.num_folded(at)):
-        parts |= {"H": views.H[state_index], "s": views.s[state_index]}
-    return {name: part.clone() for name, part in parts.items()}
-
-
-@pytest.mark.parametrize("ops", OPS)
-@cases(short=25, long=2000)
-@given(data=st.data())
-def test_any_split_gives_the_same_state_and_answers(ops, data):
-    case = data.draw(layers())
-    (problem,), n = case.problems, len(case.problems[0].q)
-    close = CLOSE[problem.q.dtype] if problem.q.dtype != torch.bfloat16 else 2e-2
-    found = []
-    for _ in range(2):
-        state = problem.state()
-        ends = data.draw(schedules(n), label="ends of the pieces")
-        out = feed_all(ops, problem, state, 1, ends)
-        found.append({"out": out} | valid_parts(problem, state.groups[0].views, 1, n))
-    first, second = found
-    assert first.keys() == second.keys()
-    for name in ("positions", "sparse_k", "sparse_v", "exact_k", "exact_v"):
-        assert torch.equal(first[name], second[name]), name
-    for name in first.keys() & {"out", "H", "s"}:
-        torch.testing.assert_close(first[name], second[name], rtol=close, atol=close)
-
-
-@pytest.mark.parametrize("ops", OPS)
-@cases(short=25, long=2000)
-@given(data=st.data())
-def test_any_batch_gives_the_same_state_and_answers(ops, data):
-    """Rows in any order and any state_indices, with padding between; the others' pages stay as they
-    are."""
-    case = data.draw(layers(sequences=3, longest=40))
-    problems = case.problems
-    state = problems[0].state(num_pages=7)
-    state_indices = data.draw(st.permutations(range(1, 7)), label="state_indices")[:3]
-    idle = sorted(set(range(7)) - set(state_indices))
-    rows = data.draw(st.permutations([0, 1, 2, None]), label="rows; none is padding")
-    context = [data.draw(st.integers(0, len(p.q)), label="prefilled") for p in problems]
-    lengths = [0 if row is None else context[row] for row in rows]
-
-    def pack(name: str, spans: list[tuple[int, int, int]]) -> Tensor:
-        return torch.cat([getattr(problems[r], name)[a:b] for r, a, b in spans])
-
-    def state_indices_of(rows: list[int | None]) -> Tensor:
-        found = [0 if row is None else state_indices[row] for row in rows]
-        return torch.tensor(found, dtype=torch.int32)
-
-    outs: list[list[Tensor]] = [[], [], []]
-    live = [row for row in rows if row is None or context[row]]
-    spans = [(0, 0, 1) if row is None else (row, 0, context[row]) for row in live]
-    lengths = [stop - start for _, start, stop in spans]
-    starts = torch.tensor([0, *lengths]).cumsum(0)
-    q, k, v = (pack(name, spans) for name in "qkv")
-    out = torch.full_like(q, torch.nan)
-    none = torch.zeros(len(live), dtype=torch.long)
-    ops.prefill(state, q, k, v, PrefillBatch(state_indices_of(live), starts, none), out)
-    for row, at, length in zip(live, starts.tolist(), lengths, strict=False):
-        if row is not None:
-            outs[row].append(out[at : at + length])
-    for step in range(max(len(p.q) - c for p, c in zip(problems, context, strict=True))):
-        live = [r for r in rows if r is None or context[r] + step < len(problems[r].q)]
-        counts = [0 if r is None else context[r] + step for r in live]
-        spans = [(r or 0, at, at + 1) for r, at in zip(live, counts, strict=True)]
-        q, k, v = (pack(name, spans) for name in "qkv")
-        out = torch.full_like(q, torch.nan)
-        batch = DecodeBatch(state_indices_of(live), torch.tensor(counts) + 1)
-        ops.decode(state, q, k, v, batch, out)
-        for i, row in enumerate(live):
-            if row is None:
-                assert (out[i] == 0).all()
-            else:
-                outs[row].append(out[i : i + 1])
-    assert (state.pages[idle] == 0xFF).all()
-    close = CLOSE[problems[0].q.dtype] if problems[0].q.dtype != torch.bfloat16 else 2e-2
-    for row, problem in enumerate(problems):
-        n = len(problem.q)
-        alone = problem.state()
-        ends = [e for e in range(1, n + 1) if e >= context[row] and e > 0]
-        expected = feed_all(ops, problem, alone, 1, ends)
-        torch.testing.assert_close(torch.cat(outs[row]), expected, rtol=close, atol=close)
-        in_batch, by_itself = (
-            valid_parts(problem, state.groups[0].views, state_indices[row], n),
-            valid_parts(problem, alone.groups[0].views, 1, n),
-        )
-        for name, part in by_itself.items():
-            if name in ("H", "s"):
-                torch.testing.assert_close(in_batch[name], part, rtol=close, atol=close)
-            else:
-                assert torch.equal(in_batch[name], part), name
-
-
-@pytest.mark.parametrize("ops", OPS)
-@cases(short=25, long=2000)
-@given(data=st.data())
-def test_old_bytes_change_no_bit(ops, data):
-    """A page full of NaN, and one that another sequence has used, against a page of zeros."""
-    case = data.draw(layers(sequences=2))
-    problem, other = case.problems
-    n = len(problem.q)
-    ends = data.draw(schedules(n), label="ends of the pieces")
-    state = problem.state()
-    state.pages[1] = 0
-    feed_all(ops, other, state, 3, data.draw(schedules(len(other.q)), label="the other's"))
-    found = [
-        {"out": feed_all(ops, problem, state, state_index, ends)}
-        | valid_parts(problem, state.groups[0].views, state_index, n)
-        for state_index in (1, 2, 3)
-    ]
-    for name, fresh in found[0].items():
-        assert fresh.isfinite().all()
-        assert torch.equal(fresh, found[1][name]), name
-        assert torch.equal(fresh, found[2][name]), name

@@ -9,7 +9,8 @@ from tests.support.oracle import Oracle
 from tests.support.storm import Storm
 from tools.support.tiny import make_tiny, random_prompts
 
-LOLA = {"window_size": 16, "sparse_cache_size": 24, "sink_size": 2}
+# Contexts shift from 128 tokens on, so that prompts and answers lie on both sides.
+LOLA = {"window_size": 16, "sparse_cache_size": 24, "sink_size": 2, "context_shift": 32}
 NEW = 24
 STEPS = 5000 if LONG else 250
 CACHED = {"enable_prefix_caching": True, "block_size": 32}
@@ -31,7 +32,7 @@ ENGINES = {
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp("tiny"), LOLA)
+    return make_tiny(tmp_path_factory.mktemp("tiny"), LOLA, max_position_embeddings=128)
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log.txt"
     # Few sequences, so that its pool leaves memory to the other servers of these tests.
     command = [str(BIN / "vllm"), "serve", str(MODEL), *OPTIONS, *REASONING, "--max-num-seqs", "32"]
-    with serving(log, command) as running:
+    with serving(log, command, **NOT_COMPILED) as running:
         yield running
 
 

@@ -77,20 +77,6 @@ def test_our_routes_read_no_body_of_ten_megabytes(tiny, path):
     assert max(took, waited) < LONGEST_S
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("field", ["messages", "prompt"])
-def test_the_largest_bodies_that_are_read_stop_nobody(tiny, field, form):
-    """Just below the bound of our routes, whatever lies in the field."""
-    body = json.dumps({field: FORMS[form](2**22 - 100)})
-    for path in OURS[1:3]:
-        answer, took, waited = others_wait(
-            tiny, lambda path=path: tiny.client.post(f"/v1/lola/{path}", content=body, headers=JSON)
-        )
-        assert answer.status_code == 400, (path, answer.text[:300])
-        assert len(answer.text) < 2_000
-        assert max(took, waited) < LONGEST_S
-
-
 @pytest.mark.parametrize("text", ["\n" * 900_000, "a\n" * 450_000], ids=["line ends", "lines"])
 def test_a_long_text_of_short_lines_stops_nobody(tiny, text):
     """Each line end was counted apart, and a run of them was searched again for each."""

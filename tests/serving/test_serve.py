@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from tools.support.server_process import Server
@@ -16,11 +15,6 @@ def complete(server: Server, prompt: object, **more: object) -> dict[str, Any]:
     response = server.client.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text
     return response.json()
-
-
-def test_the_name_is_the_directorys_alone(keyless: Server, shifting: Path) -> None:
-    names = [model["id"] for model in keyless.client.get("/v1/models").json()["data"]]
-    assert names == [shifting.name]
 
 
 def restored(answer: dict[str, Any]) -> int:
@@ -61,14 +55,6 @@ def test_without_a_key_nobody_lists_what_others_said(keyless: Server) -> None:
         assert foreign.status_code == 421, foreign.text
         assert "--lola-allowed-hosts" in foreign.json()["error"]["message"]
     assert keyless.client.delete(named).status_code == 200
-
-
-def test_the_start_says_what_is_kept(keyless: Server) -> None:
-    log = keyless.log.read_text()
-    assert "states are stored, in memory only" in log
-    (line,) = (part for part in log.splitlines() if "LoLA sessions: states of" in part)
-    assert "are kept: of all conversations in" in line and "nothing for the next start" in line
-    assert "--lola-store none keeps nothing" in line
 
 
 def test_many_at_once_wait_for_one_to_read_what_they_share(keyless: Server) -> None:

@@ -1,7 +1,6 @@
 """The README and docs/ name what exists: links, parameters, variables, options and commands."""
 
 import inspect
-import os
 import re
 import shlex
 from pathlib import Path
@@ -11,14 +10,12 @@ import pytest
 from lola_vllm.command import cli
 from lola_vllm.engine.vllm import config_hook, refusals
 from lola_vllm.engine.vllm.compat import SUPPORTED, TESTED
-from tools.site import config_table, front_tables, picture, result_tables
-from tools.site.summaries import BASE, SHIPPED, of_both
+from tests.support.documented import ROOT, commands
+from tools.site import config_table, picture
 
-ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 BESIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 PAGES = [*(ROOT / name for name in BESIDE), *sorted(DOCS.rglob("*.md"))]
-CODE = re.compile(r"^```\w*\n(.*?)^```$|((?:^(?: {4}.*)?\n)+)", re.M | re.S)
 page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 
 
@@ -75,20 +72,6 @@ def test_the_picture_is_that_of_the_results(theme):
     assert picture.svg(theme) == drawn, "run python -m tools.site.picture"
 
 
-def test_the_picture_and_the_tables_say_the_same():
-    full, lola = picture.lines()
-    runs = [run for name in front_tables.DEMO for run in result_tables.runs(name)]
-    _, alone = of_both(runs, (BASE, SHIPPED))
-    for name, line in ((BASE, full), (SHIPPED, lola)):
-        found = {n: cell["rate"] for (task, n), cell in alone[name].items() if task == "niah-1"}
-        assert found == line.recall
-    table = rows("README.md", "Results")
-    assert table["**SmolLM2-135M as LoLA**"][0] == f"{lola.mib[8192]:.3g}"
-    alt = re.search('alt="([^"]*)"', (ROOT / "README.md").read_text())[1]
-    for words in (f"{full.mib[8192]:.0f} MiB at 8,192", f"LoLA {lola.mib[8192]:.1f} MiB"):
-        assert words in alt and words in (DOCS / "index.md").read_text()
-
-
 def test_every_environment_variable_is_documented():
     folders = ("lola_vllm", "serving", "kernels", "csrc")
     files = [f for folder in folders for f in (ROOT / folder).rglob("*") if f.is_file()]
@@ -131,29 +114,11 @@ def test_the_releases_of_vllm_are_those_that_are_supported():
     assert said == {v: TESTED.contains(f"{v}.0") for v in supported}
 
 
-def commands(text: str) -> list[str]:
-    """The calls of `lola-vllm` in the code of a page, lines that go on joined."""
-    code = "\n".join(a or b for a, b in CODE.findall(text)).replace("\\\n", " ")
-    found = re.findall(r"^\s*(?:\.venv/bin/)?lola-vllm (.*)$", code, re.M)
-    return [call.split("  #")[0] for call in found]
-
-
 @page
 def test_commands_are_such_as_the_program_takes(page):
-    parser = cli._parser()
-    calls = commands(page.read_text())
+    parser, program = cli._parser(), re.compile(r"(?:\.venv/bin/)?lola-vllm ")
+    calls = [call for call in commands(page) if program.match(call)]
     assert len(calls) >= {"README.md": 5, "checkpoints.md": 3, "evaluation.md": 4}.get(page.name, 0)
     for call in calls:
-        if re.search(r"[\[(|]|\.\.\.", call.split("'")[0]) or call.startswith("error:"):
-            continue  # a synopsis, or a message
-        parser.parse_args(shlex.split(call))
-
-
-def test_the_readmes_commands_are_targets_of_make():
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
-    for path in PAGES:
-        used = re.findall(r"^    make (\w+)", path.read_text(), re.M)
-        assert set(used) <= targets, path.name
-    assert {"serve", "test"} <= set(re.findall(r"^    make (\w+)$", PAGES[0].read_text(), re.M))
-    assert os.access(ROOT / ".ci" / "run", os.X_OK)
-    assert "make test" in (ROOT / ".ci" / "run").read_text()
+        if not re.search(r"[\[(|]|\.\.\.", call.split("'")[0]):  # a synopsis
+            parser.parse_args(shlex.split(program.sub("", call)))

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lola_vllm.core.config import LolaConfig
-from lola_vllm.core.ops import DecodeBatch, PrefillBatch, portable
+from lola_vllm.core.ops import DecodeBatch, PrefillBatch, context_shift, portable
+from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 from tests.support.backends import fewer, only
 from tests.support.pages import assert_state_matches
 from tests.support.problem import make_problem, prefill
@@ -96,40 +97,54 @@ def test_rows_are_independent_and_padding_touches_nothing(backend, wide, parts):
         assert (pages[page] == 0xFF).all()
 
 
+# Tokens in the page, new ones, state_index. With context shifts the rows cross different points.
+RAGGED = [(13, 20, 3), (25, 9, 0), (0, 16, 1), (8, 30, -1), (41, 1, 4), (1, 30, 6), (7, 0, 5)]
+CROSSING = [(30, 30, 3), (40, 9, 0), (0, 45, 1), (32, 1, -1), (31, 1, 4), (40, 8, 6), (56, 0, 5)]
+SCHEDULE = ShiftSchedule(length=32, interval=8, fold_rotation=1)
+
+
 @pytest.mark.prompts
-@pytest.mark.parametrize("lam, sink, Hs", [(0, 0, 2), (5, 2, 2), (5, 2, 6), (100, 3, 2)])
-def test_ragged_rows_go_on_with_pages_in_use(backend, lam, sink, Hs):
-    """Beside padding that claims tokens of a page of NaN."""
-    device = backend.device
-    config = LolaConfig(window_size=ETA, sparse_cache_size=lam, update_interval=7, sink_size=sink)
-    # Tokens in the page, new ones, state_index.
-    batch = [(13, 20, 3), (25, 9, 0), (0, 16, 1), (8, 30, -1), (41, 1, 4), (1, 30, 6), (7, 0, 5)]
+@pytest.mark.parametrize(
+    "interval, lam, sink, Hs, schedule",
+    [
+        (7, 0, 0, 2, None), (7, 5, 2, 2, None), (7, 5, 2, 6, None), (7, 100, 3, 2, None),
+        (1, 5, 3, 2, SCHEDULE), (4, 5, 3, 2, SCHEDULE),
+    ],
+)  # fmt: skip
+def test_ragged_rows_go_on_with_pages_in_use(backend, interval, lam, sink, Hs, schedule):
+    """Beside padding that claims tokens of a page of NaN, and to be due."""
+    device, batch = backend.device, CROSSING if schedule else RAGGED
+    config = LolaConfig(
+        window_size=ETA, sparse_cache_size=lam, update_interval=interval, sink_size=sink
+    )
     rows = [
-        make_problem(old + new, config, Hs=Hs, dtype=backend.dtype, seed=old)
+        make_problem(old + new, config, Hs=Hs, dtype=backend.dtype, seed=old, schedule=schedule)
         for old, new, _ in batch
     ]
-    rows = [row.of_layer(rows[0]).to(device) for row in rows]
-    state = rows[0].state(num_pages=8, extra_stride=64)
-    for row, (old, _, state_index) in zip(rows, batch, strict=True):
+    rows = [row.of_layer(rows[0]) for row in rows]
+    there = [row.to(device) for row in rows]
+    state = there[0].state(num_pages=8, extra_stride=64)
+    for row, (old, _, state_index) in zip(there, batch, strict=True):
         if state_index > 0 and old:
             prefill(backend, row, state, 0, old, state_index)
-    parts = [row.tokens(old, old + new) for row, (old, new, _) in zip(rows, batch, strict=True)]
+    idle = state.pages[5].clone()
+    parts = [row.tokens(old, old + new) for row, (old, new, _) in zip(there, batch, strict=True)]
     q, k, v = (torch.cat(x) for x in zip(*parts, strict=True))
     contexts, lengths, state_indices = (list(x) for x in zip(*batch, strict=True))
     out = torch.full_like(q, torch.nan)
     starts = torch.tensor([0, *lengths]).cumsum(0)
     call = PrefillBatch(torch.tensor(state_indices, device=device), starts, torch.tensor(contexts))
-    backend.prefill(state, q, k, v, call, out)
+    segments = context_shift.split_prefill(schedule, call)
+    context_shift.prefill(backend.prefill, state, q, k, v, segments, out)
+    assert torch.equal(state.pages[5], idle)  # at a point, but with no token after it
     pages = state.pages.cpu()
-    state = rows[0].to(torch.device("cpu")).state(num_pages=8, extra_stride=64)
-    state.pages.copy_(pages)
+    state = rows[0].bind(pages)
     for row, answer, (old, _, state_index) in zip(
         rows, out.cpu().split(lengths), batch, strict=True
     ):
         if state_index <= 0:
             assert (answer == 0).all()
             continue
-        row = row.to(torch.device("cpu"))
         expected, final = row.reference()
         torch.testing.assert_close(answer.double(), expected[old:], **backend.close)
         assert_state_matches(row, state, state_index=state_index, expected=final, **CLOSE)

@@ -1,6 +1,5 @@
 """Sequences longer than the base's trained length: context shifts, as the reference has them."""
 
-import random
 from dataclasses import replace
 from itertools import pairwise
 
@@ -8,15 +7,12 @@ import pytest
 import torch
 
 from lola_vllm.core.config import LolaConfig
-from lola_vllm.core.ops import DecodeBatch, PrefillBatch, context_shift
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 from tests.support.backends import fewer
-from tests.support.pages import assert_state_matches
-from tests.support.problem import STATE_INDEX, make_problem, prefill, run
+from tests.support.problem import make_problem
 
 SCHEDULE = ShiftSchedule(length=32, interval=8)
 T = 61  # four context shifts: before the tokens at 32, 40, 48 and 56
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 def config_of(lam=5, interval=4, sink=3, window=6, **others):
@@ -138,18 +134,6 @@ def test_keys_are_rotated_further_for_folds_of_shared_sets_int8_and_partial_rota
 
 
 @pytest.mark.prompts
-@pytest.mark.parametrize("seed", range(4))
-@fewer("interpreted", seed=[])
-def test_any_split_gives_the_same_state(backend, seed):
-    rng = random.Random(seed)
-    interval = rng.choice([1, 4, 5, 8])
-    schedule = replace(SCHEDULE, fold_rotation=seed % 2, bucket_start=5 * (seed // 2))
-    problem = make_problem(T, config_of(5, interval), dtype=backend.dtype, schedule=schedule)
-    cuts = rng.sample(range(1, T), 8)
-    backend.check(problem, cuts, decode_from=rng.choice([33, 45, T]))
-
-
-@pytest.mark.prompts
 @pytest.mark.parametrize("interval", [1, 4])
 @fewer("interpreted", interval=[4])
 def test_nothing_changes_up_to_the_trained_length(backend, interval):
@@ -166,102 +150,12 @@ def test_nothing_changes_up_to_the_trained_length(backend, interval):
 
 
 @pytest.mark.prompts
-@pytest.mark.parametrize("window", [6, 30])  # 30: the window reaches into the bucket
-@pytest.mark.parametrize("shared", [False, True])
-@fewer("interpreted", window=[30], shared=[True])
-def test_long_windows_shared_sets_and_partial_rotary(backend, window, shared):
-    sharing = {"sparse_sharing": "kv_head"} if shared else {}
-    for interval in (4,) if backend.pace == "interpreted" else (1, 4):
-        config = config_of(7, interval, 2, window, **sharing)
-        problem = make_problem(
-            75, config, Hs=6 if shared else 2, dtype=backend.dtype, schedule=SCHEDULE, rotated=10
-        )
-        backend.check(problem, [39], decode_from=50)
-
-
-@pytest.mark.prompts
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @fewer("interpreted", dtype=[torch.bfloat16])
 def test_narrow_keys(backend, dtype):
     """With a cache that holds all: keys that are rounded as they rotate choose no other pairs."""
     problem = make_problem(T, config_of(100), dtype=dtype, schedule=SCHEDULE, scale=0.5)
     backend.check(problem, [15], decode_from=50)
-
-
-@pytest.mark.prompts
-@pytest.mark.parametrize("interval", [1, 4])
-@fewer("interpreted", interval=[4])
-def test_rows_that_cross_different_points(backend, interval):
-    """Rows of one call, and padding that claims to be due, are as each row alone."""
-    device = backend.device
-    # Tokens in the page, new ones, state_index.
-    batch = [(30, 30, 3), (40, 9, 0), (0, 45, 1), (32, 1, -1), (31, 1, 4), (40, 8, 6), (56, 0, 5)]
-    config, schedule = config_of(5, interval), replace(SCHEDULE, fold_rotation=1)
-    rows = [
-        make_problem(old + new, config, dtype=backend.dtype, seed=old, schedule=schedule)
-        for old, new, _ in batch
-    ]
-    rows = [row.of_layer(rows[0]) for row in rows]
-    there = [row.to(device) for row in rows]
-    state = there[0].state(num_pages=8)
-    for row, (old, _, state_index) in zip(there, batch, strict=True):
-        if state_index > 0 and old:
-            prefill(backend, row, state, 0, old, state_index)
-    idle = state.pages[5].clone()
-    parts = [row.tokens(old, old + new) for row, (old, new, _) in zip(there, batch, strict=True)]
-    q, k, v = (torch.cat(x) for x in zip(*parts, strict=True))
-    contexts, lengths, state_indices = (list(x) for x in zip(*batch, strict=True))
-    out = torch.full_like(q, torch.nan)
-    starts = torch.tensor([0, *lengths]).cumsum(0)
-    call = PrefillBatch(torch.tensor(state_indices, device=device), starts, torch.tensor(contexts))
-    context_shift.prefill(
-        backend.prefill, state, q, k, v, context_shift.split_prefill(schedule, call), out
-    )
-    assert torch.equal(state.pages[5], idle)  # at a point, but with no token after it
-    pages = state.pages.cpu()
-    state = rows[0].bind(pages)
-    for row, answer, (old, _, state_index) in zip(
-        rows, out.cpu().split(lengths), batch, strict=True
-    ):
-        if state_index <= 0:
-            assert (answer == 0).all()
-            continue
-        expected, final = row.reference()
-        torch.testing.assert_close(answer.double(), expected[old:], **backend.close)
-        assert_state_matches(row, state, state_index=state_index, expected=final, **CLOSE)
-    assert all((pages[page] == 0xFF).all() for page in (0, 2, 7))
-
-
-@pytest.mark.prompts
-@pytest.mark.parametrize("interval", [1, 4])
-@fewer("interpreted", interval=[4])
-def test_rows_decode_as_each_alone(backend, interval):
-    """Some due and some not, and padding: the same bytes as by itself."""
-    device, counts, state_indices = backend.device, [32, 33, 40, 32, 20], [3, 1, 6, 0, 5]
-    config, schedule = config_of(5, interval), replace(SCHEDULE, fold_rotation=1)
-    rows = [
-        make_problem(n + 1, config, dtype=backend.dtype, seed=i, schedule=schedule)
-        for i, n in enumerate(counts)
-    ]
-    there = [row.of_layer(rows[0]).to(device) for row in rows]
-    state = there[0].state(num_pages=8)
-    for row, n, state_index in zip(there, counts, state_indices, strict=True):
-        if state_index > 0:
-            prefill(backend, row, state, 0, n, state_index)
-    parts = [row.tokens(n, n + 1) for row, n in zip(there, counts, strict=True)]
-    q, k, v = (torch.cat(x) for x in zip(*parts, strict=True))
-    state_indices_t, seen = torch.tensor(state_indices, device=device), torch.tensor(counts)
-    out = torch.full_like(q, torch.nan)
-    context_shift.shift_due([state], state_indices_t, seen)
-    backend.decode(state, q, k, v, DecodeBatch(state_indices_t, (seen + 1).to(device)), out)
-    pages = state.pages.cpu()
-    for row, n, state_index, answer in zip(there, counts, state_indices, out.cpu(), strict=True):
-        if state_index > 0:
-            alone, other = run(backend, row.to(torch.device("cpu")), decode_from=n, device=device)
-            size = state.layout.page_bytes
-            assert torch.equal(answer, alone[-1])
-            assert torch.equal(pages[state_index, :size], other.pages[STATE_INDEX, :size])
-    assert all((pages[page] == 0xFF).all() for page in (0, 2, 4, 7))
 
 
 def test_a_page_is_shifted_once_and_when_its_next_token_comes():

@@ -6,8 +6,7 @@ import torch
 from lola_vllm.core.config import LolaConfig
 from lola_vllm.core.ops import DecodeBatch, LayerState, PrefillBatch
 from tests.support.backends import only
-from tests.support.choices import assert_a_prompt_chooses_as_single_steps
-from tests.support.problem import feed, make_problem, prefill, with_a_trend
+from tests.support.problem import STATE_INDEX, feed, make_problem, prefill, with_a_trend
 
 ETA = 10
 
@@ -77,11 +76,30 @@ def test_page_offsets_are_64_bit(backend):
     assert torch.equal(far.groups[0].views.H[1], near.groups[0].views.H[1])
 
 
+# What two runs of the same arithmetic leave in a page to the last bit.
+STORED = (
+    "positions", "score_weights", "sparse_k_scale", "sparse_v_scale", "sparse_k", "sparse_v", "H",
+    "s",
+)  # fmt: skip
+
+
 @only("cpp")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("d", [32, 20])
-def test_a_prompt_makes_the_choices_of_single_steps(backend, dtype, d):
-    """C++ prefill bounds scores; its steps compute them all."""
-    config = LolaConfig(window_size=16, sparse_cache_size=96)
-    problem = with_a_trend(2000, config, dtype=dtype, d=d, F=16, group=1)
-    assert_a_prompt_chooses_as_single_steps(backend, problem)
+@pytest.mark.parametrize(
+    ("fields", "importance"),
+    [({}, False), ({"sparse_dtype": "int8"}, False), ({}, True), ({"recent_size": 40}, True)],
+    ids=["plain", "int8", "importance", "recent"],
+)
+def test_a_prompt_makes_the_choices_of_single_steps(backend, dtype, d, fields, importance):
+    """Prefill bounds scores, and carries bounds from update to update; steps compute them all. Both
+    leave the same, though old pairs leave again and again."""
+    config = LolaConfig(window_size=16, sparse_cache_size=96, **fields)
+    problem = with_a_trend(1500, config, dtype=dtype, d=d, F=16, group=1, importance=importance)
+    if importance:
+        problem.importance *= 0.3
+    _, carried = backend.run(problem, [700])
+    _, stepwise = backend.run(problem, decode_from=0)
+    for name in STORED:
+        one, two = (getattr(x.groups[0].views, name)[STATE_INDEX] for x in (carried, stepwise))
+        assert torch.equal(one, two), name

@@ -7,12 +7,11 @@ from lola_vllm.core.config import LolaConfig
 from lola_vllm.core.ops import portable
 from lola_vllm.core.ops.int8 import quantize
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
-from tests.support.backends import fewer, only
-from tests.support.choices import assert_a_prompt_chooses_as_single_steps
+from tests.support.backends import fewer
 from tests.support.pages import (
     assert_unrecallable_stay,
 )
-from tests.support.problem import STATE_INDEX, make_problem, run, unrecallable, with_a_trend
+from tests.support.problem import STATE_INDEX, make_problem, run, unrecallable
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -135,13 +134,3 @@ def test_context_shifts_round_turned_keys_again(backend, lam, interval):
     truth = problem.reference()
     for decode_from in (39, 40, 61):
         backend.check(problem, [15], decode_from=decode_from, truth=truth)
-
-
-@only("cpp")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("d", [32, 20])
-def test_a_prompt_makes_the_choices_of_single_steps(backend, dtype, d):
-    """C++ prefill carries features and bounds of rounded pairs from update to update."""
-    config = config_of(window_size=16, sparse_cache_size=96)
-    problem = with_a_trend(1500, config, dtype=dtype, d=d, F=16, group=1)
-    assert_a_prompt_chooses_as_single_steps(backend, problem)

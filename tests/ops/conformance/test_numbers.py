@@ -80,19 +80,6 @@ def test_a_nan_costs_no_neighbour_its_entry(backend, sign, fed):
     assert positions.sort(-1).values.tolist() == problem.reference()[1].sparse_positions
 
 
-@pytest.mark.parametrize("interval", [1, 8])
-@fewer("interpreted", interval=[8])
-def test_nan_scores_never_fill_more_than_the_cache(backend, interval):
-    config = LolaConfig(window_size=4, sparse_cache_size=3, update_interval=interval)
-    problem = make_problem(25, config, dtype=backend.dtype)
-    problem.v[2:20] = torch.nan
-    _, state = backend.run(problem, decode_from=12 if backend.prefills else 0)
-    views = state.groups[0].views
-    assert all(len(set(row)) == 3 for row in views.positions[STATE_INDEX].tolist())
-    folded = 2.0 * int(state.groups[0].layout.num_folded(torch.tensor(25)))
-    torch.testing.assert_close(views.s[STATE_INDEX].sum(-1).float(), torch.full((2,), folded))
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("interval", [1, 5, 9])
 @pytest.mark.parametrize("sharing", ["none", "kv_head"])

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from lola_vllm.core.config import LolaConfig
-from tests.support.backends import fewer, only
-from tests.support.choices import assert_a_prompt_chooses_as_single_steps
-from tests.support.problem import STATE_INDEX, make_problem, with_a_trend
+from tests.support.backends import fewer
+from tests.support.problem import STATE_INDEX, make_problem
 
 ETA = 6
 
@@ -44,14 +43,3 @@ def test_heads_and_pairs_of_8_bits(backend, sharing, dtype):
     problem = make_problem(57, config, Hs=6, d=24, importance=True, dtype=dtype, scale=0.5, seed=4)
     decode_from = 40 if backend.prefills else 3
     backend.check(problem, [2, 5, 6, 25], decode_from=decode_from, extra_stride=192)
-
-
-@only("cpp")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("recent", [40, 96])
-def test_a_prompt_makes_the_choices_of_single_steps(backend, dtype, recent):
-    """C++ prefill carries bounds of pairs that are no longer recent; steps score those alone."""
-    config = config_of(window_size=16, sparse_cache_size=96, recent_size=recent)
-    problem = with_a_trend(2000, config, dtype=dtype, d=32, F=16, group=1, importance=True)
-    problem.importance *= 0.3
-    assert_a_prompt_chooses_as_single_steps(backend, problem)

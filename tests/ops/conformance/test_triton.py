@@ -1,7 +1,6 @@
 """What Triton's kernels promise besides: their plans, and what is compiled at start-up."""
 
 import dataclasses
-from functools import partial
 
 import pytest
 import torch
@@ -58,50 +57,6 @@ def test_the_longest_rows_start_first_and_empty_ones_never(backend):
     rows = rows_on(device, starts.numpy().tobytes(), contexts.numpy().tobytes())
     # First token, tokens before, tokens, row of the batch.
     assert rows.T.tolist() == [[3, 9, 5, 2], [0, 5, 3, 0]]
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """Launches of decode's and prefill's kernels: which, and their last argument."""
-    from lola_vllm.kernels import decode, prefill, splits, warmup
-
-    monkeypatch.setattr(warmup, "_compiled", set())
-    monkeypatch.setattr(splits, "num_processors", lambda device: 132)
-    found = []
-    plain = {"attend": decode.attend, "prefill": prefill.prefill}
-
-    def counted(name, *args):
-        found.append((name, args[-1]))
-        return plain[name](*args)
-
-    monkeypatch.setattr(decode, "attend", partial(counted, "attend"))
-    monkeypatch.setattr(prefill, "prefill", partial(counted, "prefill"))
-    return found
-
-
-@only("triton-interpreted")
-def test_start_up_launches_all_variants_and_touches_no_page(backend, launched):
-    from lola_vllm.kernels import splits, warmup
-
-    problem = make_problem(
-        1, config_of(sparse_cache_size=200, update_interval=5), dtype=torch.float32
-    )
-    state = problem.state()
-    for _ in range(2):  # once for layers that are alike
-        warmup.warm_up(state)
-    layout, device = state.layout, state.pages.device
-    most = splits.choose_splits(layout, 1, device)
-    assert most > 2
-    # However many splits there are, they are one variant.
-    found = [last for name, last in launched if name == "attend"]
-    assert sorted(found) == [1, most] and len(launched) == 3
-    smaller = problem.config.model_copy(update={"sparse_cache_size": 190})
-    warmup.warm_up(dataclasses.replace(problem, config=smaller).state())
-    assert len(launched) == 3
-    lolcats = state.with_weights(dataclasses.replace(state.weights, subtract_max=True))
-    warmup.warm_up(lolcats)  # the other mixing is compiled as well
-    assert len(launched) == 6
-    assert (state.pages == 0xFF).all()
 
 
 SHIFTS = {

@@ -201,17 +201,6 @@ def test_a_turn_that_another_made_is_not_gone_on_from(browser, lola_server):
     assert session(lola_server, name)["turn"] == 3
 
 
-def test_a_server_that_cannot_recall_says_why(browser, lola_server):
-    new_chat(browser, most=2)
-    browser.click("#recall")
-    ask(browser, "One.")  # of a new chat there is nothing to recall
-    send(browser, "Two.")
-    browser.wait(lambda: "--enable-prefix-caching" in browser.text("#status"))
-    assert value(browser, "message") == "Two."
-    browser.click("#recall")
-    ask(browser, "Two.")
-
-
 def test_an_answer_is_stopped_and_the_chat_goes_on(browser, lola_server):
     name = new_chat(browser, most=1024)
     browser.run(  # an answer that does not end before it is stopped
@@ -311,21 +300,6 @@ def test_a_message_is_edited_and_an_answer_made_again(browser, lola_server):
     assert "cat" in text and "cow" in text and text.count("<|im_start|>user") == 3
 
 
-def test_the_memory_is_said_relative_to_the_crossing(browser, lola_server):
-    even = lola_server.client.get("/v1/lola/info").json()["memory"]["break_even_tokens"]
-    new_chat(browser, most=4)
-    ask(browser, "Hello.")
-    left = even - number(browser.text("#tokens"))
-    crossing = f"A full KV cache would be smaller up to {even:,} tokens: {left:,} to go."
-    assert left > 0 and browser.text("#crossing") == crossing
-    short = "return document.getElementById('short').textContent"
-    assert browser.run(short).endswith(f", smaller up to {even:,} tokens")
-    ask(browser, "The miller went to the river. " * (even // 6))
-    assert number(browser.text("#tokens")) > even
-    assert browser.text("#crossing") == f"A full KV cache would be larger from {even:,} tokens on."
-    assert browser.run(short).endswith(f", larger from {even:,} tokens")
-
-
 def test_a_chat_is_renamed_chosen_and_deleted(browser, lola_server):
     old = new_chat(browser, most=2)
     ask(browser, "Hello.")
@@ -349,41 +323,6 @@ def test_a_chat_is_renamed_chosen_and_deleted(browser, lola_server):
     browser.wait(lambda: value(browser, "name") != "renamed-chat")
     browser.wait(lambda: not browser.text("#status"))
     assert lola_server.client.get("/v1/lola/sessions/renamed-chat").status_code == 404
-
-
-def test_code_stands_in_blocks_and_nothing_is_read_as_html(browser):
-    text = "Look:\n```python\nif a < b:\n    <img src=x>\n```\n<b>bold</b>\n\n```\nopen"
-    parts = browser.run(
-        "const done = arguments[0]; return import('./lola/chat/blocks.js').then(({ render }) =>"
-        " [...render(done).childNodes].map((e) => [e.tagName, e.textContent, e.innerHTML]))",
-        text,
-    )
-    assert [part[:2] for part in parts] == [
-        ["P", "Look:"],
-        ["PRE", "if a < b:\n    <img src=x>"],
-        ["P", "<b>bold</b>"],
-        ["PRE", "open"],
-    ]
-    assert "&lt;b&gt;" in parts[2][2]
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("Use `ls -l` or ``a`b``.", "Use <code>ls -l</code> or <code>a`b</code>."),
-        ("`<img src=x>`", "<code>&lt;img src=x&gt;</code>"),
-        ("`` `x` ``", "<code>`x`</code>"),
-        ("a ` b and ``` c", "a ` b and ``` c"),
-        ("one `line\nor` two", "one `line\nor` two"),
-    ],
-)
-def test_code_stands_in_lines(browser, text, shown):
-    html = browser.run(
-        "const done = arguments[0]; return import('./lola/chat/blocks.js').then(({ render }) =>"
-        " render(done).firstChild.innerHTML)",
-        text,
-    )
-    assert html == shown
 
 
 @pytest.mark.parametrize(

@@ -162,41 +162,6 @@ def test_it_is_accessible(page, size, dark):
     browser.resize(1280, 900)
 
 
-def test_a_library_that_is_not_there(page):
-    page.set("#library", "none")
-    ask(page)
-    page.browser.wait(lambda: "there is no library 'none'" in page.browser.text("#status"))
-    assert hidden(page.browser, "told") and page.browser.text("#run") == "Ask the library"
-
-
-def test_a_question_that_is_stopped(page):
-    browser = page.browser
-    browser.run(
-        "window.fetched = window.fetch; window.fetch = (address, options) => new Promise((_, no) =>"
-        " options.signal.addEventListener('abort', () => no(options.signal.reason)))"
-    )
-    ask(page)
-    browser.wait(lambda: browser.text("#run") == "Stop" and browser.text("#status") == "Asking …")
-    browser.click("#run")
-    browser.wait(lambda: browser.text("#run") == "Ask the library")
-    assert browser.text("#status") == "Stopped." and hidden(browser, "told")
-    browser.run("window.fetch = window.fetched")
-    ask(page)
-    assert answered(page)
-
-
-def test_a_key_is_asked_for(browser, shelf):
-    page = Page(browser)
-    page.open(shelf.url + ROUTE)
-    choose(browser)
-    browser.wait(lambda: "wants an API key" in browser.text("#status"))
-    assert listed(browser) == []
-    browser.type("#key", KEY)
-    browser.keys(TAB)  # with it, the list comes
-    browser.wait(lambda: "inspected" in listed(browser))
-    assert browser.run("return document.getElementById('library').value") in listed(browser)
-
-
 class Answering(BaseHTTPRequestHandler):
     """The page, from a server that answers what `answers` says: by path, a status and a body."""
 

@@ -14,17 +14,6 @@ def ask(server, messages, name):
     return usage["prompt_tokens"], cached, answer["choices"][0]["message"]["content"]
 
 
-def test_a_history_that_is_sent_whole_each_turn(tiny):
-    messages = user(f"{FILE} When does the pump of hall 3 start?")
-    before, cached, said = ask(tiny, messages, "history")
-    assert before > 1000 and cached == 0
-    for question in ("And of hall 4?", "And of hall 5?"):
-        messages += [{"role": "assistant", "content": said}, *user(question)]
-        n, cached, said = ask(tiny, messages, "history")
-        assert 0.9 * before < cached < n  # this tokenizer joins what meets at a message's end
-        before = n
-
-
 def test_another_question_about_the_same_file(tiny):
     n, cached, _ = ask(tiny, user(f"{FILE} When does the pump of hall 3 start?"), "file")
     assert cached == 0

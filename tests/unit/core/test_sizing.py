@@ -3,13 +3,7 @@
 import pytest
 
 from lola_vllm.core.sizing import (
-    GIB,
-    GPU_BYTES,
-    RANK_BYTES,
-    SERVER_BYTES,
     Pool,
-    cpu_room,
-    gpu_room,
     weight_bytes,
 )
 
@@ -21,20 +15,6 @@ def test_weights_grow_with_the_dtype():
     assert weight_bytes(100, {}, "float32") == 100
     quantized = {"dtype": "bfloat16", "quantization_config": {}}
     assert weight_bytes(100, quantized, "float32") == 100
-
-
-def test_all_ranks_together_take_half_of_what_is_left():
-    free, weights = 20 * GIB, GIB
-    assert cpu_room(free, weights) == 8 * GIB
-    for ranks in (2, 4):
-        left = free - weights - SERVER_BYTES - (ranks - 1) * RANK_BYTES
-        assert ranks * cpu_room(free, weights, ranks) == left // 2
-    assert cpu_room(GIB, weights) == 0
-
-
-def test_a_gpu_is_shared_with_the_weights_and_the_processes():
-    assert gpu_room(80 * GIB, 0.5, 10 * GIB) == 30 * GIB - GPU_BYTES
-    assert gpu_room(8 * GIB, 0.5, 10 * GIB) < 0
 
 
 @pytest.mark.parametrize(

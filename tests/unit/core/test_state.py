@@ -9,10 +9,8 @@ import torch
 from lola_vllm.core.config import LolaConfig
 from lola_vllm.core.state import (
     DTYPE_CODES,
-    NEVER,
     PAGE_ALIGNMENT,
     PART_ALIGNMENT,
-    PARTS,
     TABLE_FIELDS,
     LayerLayout,
     SequenceLayout,
@@ -69,36 +67,6 @@ def test_layers_of_a_sequence_lie_one_after_the_other():
     assert sequence.break_even_tokens(2) == -(-2 * sequence.row_bytes // token)
 
 
-@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float64])
-def test_an_importance_adds_a_number_per_sparse_pair_and_else_nothing(kv_dtype):
-    with_it = layout(kv_dtype=kv_dtype, importance=True)
-    without = layout(kv_dtype=kv_dtype)
-    assert without.part_bytes["score_weights"] == 0
-    wide = torch.promote_types(kv_dtype, torch.float32)
-    assert with_it.parts["score_weights"] == ((6, 5), wide)
-    names = [name for name in PARTS if name != "score_weights"]
-    offsets, end = [], 0
-    for name in names:
-        offsets.append(end)
-        end = -(-(end + without.part_bytes[name]) // PART_ALIGNMENT) * PART_ALIGNMENT
-    assert [without.offsets[name] for name in names] == offsets
-    parts = with_it.part_bytes
-    assert {name: parts[name] for name in names} == {n: without.part_bytes[n] for n in names}
-
-
-@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float64])
-def test_int8_pairs_take_a_byte_per_number_and_two_scales(kv_dtype):
-    page, plain = layout(kv_dtype=kv_dtype, sparse_dtype="int8"), layout(kv_dtype=kv_dtype)
-    for name in ("sparse_k", "sparse_v"):
-        assert page.parts[name] == ((6, 5, 16), torch.int8)
-        assert plain.parts[name] == ((6, 5, 16), kv_dtype)
-        assert page.parts[f"{name}_scale"] == ((6, 5), torch.float32)
-        assert plain.part_bytes[f"{name}_scale"] == 0
-        assert plain.offsets[f"{name}_scale"] == plain.offsets["sparse_k"]  # takes no room
-    others = [name for name in PARTS if not name.startswith("sparse")]
-    assert all(page.parts[name] == plain.parts[name] for name in others)
-
-
 @pytest.mark.parametrize("interval", [1, 4, 10, 13])
 @pytest.mark.parametrize("sink", [0, 3, 12])
 def test_counts_follow_a_simulation(interval, sink):
@@ -124,12 +92,6 @@ def test_counts_follow_a_simulation(interval, sink):
             assert min(rows) >= sink and max(rows) < sink + page.ring_size
 
 
-def test_short_pages_are_refused():
-    page = layout()
-    with pytest.raises(ValueError, match=f"at least {page.page_bytes} bytes"):
-        page.views(torch.zeros(2, page.page_bytes - 1, dtype=torch.uint8))
-
-
 def test_the_table_is_the_struct_of_the_header():
     """Names and order of `PageLayout`'s fields, and what `DType` calls each dtype."""
     header = re.sub(r"//.*", "", HEADER.read_text())
@@ -142,44 +104,3 @@ def test_the_table_is_the_struct_of_the_header():
     assert {short[dtype]: code for dtype, code in DTYPE_CODES.items()} == {
         name.strip(): code for code, name in enumerate(codes)
     }
-
-
-def row(page, *told):
-    """The only row of the table of a layer with one page, by field."""
-    (numbers,) = LayerLayout((page,)).table(*told).tolist()
-    return dict(zip(TABLE_FIELDS, numbers, strict=True))
-
-
-def test_the_table_holds_the_layout():
-    page = layout(lam=5, sink=3, interval=4, sparse_sharing="kv_head", recent_size=2)
-    table = row(page, 12, True)
-    assert {name: table.pop(name) for name in PARTS} == page.offsets
-    assert table == {
-        "num_heads": 12, "num_kv_heads": 2, "num_state_heads": 6, "num_sparse_heads": 2,
-        "head_dim": 16, "feature_dim": 6, "window_size": 10, "sparse_cache_size": 5,
-        "recent_size": 2, "update_interval": 4, "sink_size": 3, "subtract_max": 1,
-        "has_score_weights": 0,
-        "rotated_map_after": NEVER, "kv_dtype": DTYPE_CODES[torch.bfloat16],
-        "sparse_dtype": DTYPE_CODES[torch.bfloat16],
-        "state_dtype": DTYPE_CODES[torch.float32], "page_bytes": page.page_bytes,
-    }  # fmt: skip
-    assert row(page, 12, True, 96) == {**row(page, 12, True), "rotated_map_after": 96}
-    weighted = layout(importance=True)
-    table = row(weighted, 12, True)
-    assert (
-        table["has_score_weights"] == 1
-        and table["score_weights"] == weighted.offsets["score_weights"]
-    )
-    small = layout(sparse_dtype="int8")
-    table = row(small, 12, True)
-    assert table["sparse_dtype"] == DTYPE_CODES[torch.int8]
-    assert table["sparse_v_scale"] == small.offsets["sparse_v_scale"]
-
-
-def test_the_table_of_a_layer_has_a_row_for_each_page():
-    pages = (layout(lam=5), layout(lam=9))
-    first, second = LayerLayout(pages).table(24, False).tolist()
-    assert first == list(row(pages[0], 12, False).values())
-    own = row(pages[1], 12, False)
-    moved = {name: pages[0].page_bytes + own[name] for name in ("page_bytes", *PARTS)}
-    assert dict(zip(TABLE_FIELDS, second, strict=True)) == own | moved

@@ -1,6 +1,5 @@
 """The deployment files fit each other and the repository. Their metrics: tests/serving."""
 
-import json
 import re
 from pathlib import Path
 
@@ -36,11 +35,6 @@ COMPOSE = {
 @pytest.fixture(params=COMPOSE, name="compose")
 def _compose(request):
     return COMPOSE[request.param]
-
-
-@pytest.fixture(scope="module")
-def dashboard():
-    return json.loads((DEPLOY / "grafana" / "dashboards" / "lola.json").read_text())
 
 
 def host_path(volume):
@@ -127,27 +121,3 @@ def test_states_are_in_a_volume_that_only_the_server_reads(compose):
         i for i, line in enumerate(lines) if f"install -d -m 700 -o lola {directory}" in line
     ]
     assert made < lines.index("USER lola")
-
-
-def test_grafana_finds_prometheus_and_the_dashboard(compose, dashboard):
-    grafana = compose["services"]["grafana"]
-    (source,) = load("grafana/provisioning/datasources/prometheus.yaml")["datasources"]
-    assert source["url"] == "http://prometheus:9090" and source["type"] == "prometheus"
-    (provider,) = load("grafana/provisioning/dashboards/lola.yaml")["providers"]
-    mounted = dict(reversed(v.split(":")[:2]) for v in grafana["volumes"])
-    assert mounted[provider["options"]["path"]] == "./grafana/dashboards"
-    home = Path(grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
-    assert str(home.parent) == provider["options"]["path"]
-    assert (DEPLOY / "grafana" / "dashboards" / home.name).is_file()
-    assert dashboard["title"] == "LoLA"
-
-
-def test_prometheus_finds_its_configuration_and_the_alerts(compose):
-    (mounted,) = (
-        {host_path(v): v.split(":")[1] for v in service["volumes"]}
-        for name, service in compose["services"].items()
-        if name == "prometheus"
-    )
-    assert load("prometheus.yml")["rule_files"] == ["alerts.yml"]  # beside the configuration
-    assert mounted["./prometheus.yml"] == "/etc/prometheus/prometheus.yml"
-    assert mounted["./alerts.yml"] == "/etc/prometheus/alerts.yml"

@@ -31,11 +31,6 @@ def run(script, capsys):
     return sessions
 
 
-def test_the_text_of_a_session_is_shown(script, run):
-    script.texts["old"] = "<|im_start|>user\nGrüße\n"
-    assert run("show", "old", "--text") == "<|im_start|>user\nGrüße\n\n"
-
-
 def test_old_sessions_are_deleted(script, run):
     assert "no session is that old" in run("rm", "--older-than", "10d", "--yes")
     assert run("rm", "--older-than", "200h", "--yes") == "kept: 2 states deleted\n"

@@ -115,14 +115,6 @@ def test_text_and_hours_bound_the_tokens(smollm2: Path) -> None:
     assert made.train.lora_tokens == pytest.approx(100_000, rel=0.01)
 
 
-def test_little_time_also_takes_fewer_prompts(tmp_path: Path) -> None:
-    base = write(tmp_path / "qwen", QWEN)
-    whole, less, more = (derive(base, text_bytes=TEXTS, scale=scale) for scale in (1, 0.3, 5))
-    assert [made.calibrate.prompts for made in (whole, less, more)] == [56, 24, 56]
-    # Rows stay long where there are enough of them.
-    assert (less.train.rows, less.train.row_length) == (7, 16384)
-
-
 def test_an_expert_overrides(smollm2: Path) -> None:
     """Later stages take what they share with an earlier one from there."""
     made = derive(smollm2, text_bytes=TEXTS)
@@ -169,11 +161,3 @@ def test_bases_that_are_too_small(tmp_path: Path, smollm2: Path) -> None:
     short = write(tmp_path / "short", SMOLLM2, max_position_embeddings=128)
     with pytest.raises(CheckpointError, match="max_position_embeddings = 128"):
         derive(short, text_bytes=TEXTS)
-
-
-def test_little_memory_computes_activations_twice(smollm2: Path) -> None:
-    roomy = derive(smollm2, text_bytes=TEXTS, free_bytes=2**50)
-    tight = derive(smollm2, text_bytes=TEXTS, free_bytes=2**33)
-    for part in ("train", "train_on"):
-        assert not getattr(roomy, part).gradient_checkpointing
-        assert getattr(tight, part).gradient_checkpointing

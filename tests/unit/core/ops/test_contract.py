@@ -8,9 +8,8 @@ import torch
 from lola_vllm.core.config import LolaConfig
 from lola_vllm.core.ops import LayerState
 from lola_vllm.core.ops.key_rotation import KeyRotation
-from lola_vllm.core.ops.reference import pair_importance
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
-from lola_vllm.core.state import NEVER, TABLE_FIELDS, LayerLayout
+from lola_vllm.core.state import TABLE_FIELDS, LayerLayout
 from tests.support.problem import make_problem
 
 CONFIG = LolaConfig(window_size=8, sparse_cache_size=5, update_interval=4)
@@ -99,25 +98,6 @@ def test_a_rotation_that_does_not_fit_is_named(name, change, words):
     nine = KeyRotation(rotation.schedule, torch.ones(9), torch.ones(9))
     with pytest.raises(ValueError, match=r"rotation.cos: shape \[9\], expected at most 8"):
         LayerState.bind(replace(weights, rotation=nine), layout, pages)
-
-
-@pytest.mark.parametrize(("ahead", "after"), [(None, NEVER), (0, NEVER), (1, 32)])
-def test_all_back_ends_read_the_same_number_after_which_keys_are_rotated(ahead, after):
-    schedule = None if ahead is None else ShiftSchedule(32, 8, fold_rotation=ahead)
-    state = make_problem(1, CONFIG, F=6, dtype=torch.float32, schedule=schedule).state()
-    assert state.weights.rotated_map_after == after
-    table = dict(zip(TABLE_FIELDS, state.table[0].tolist(), strict=True))
-    assert table["rotated_map_after"] == after
-    assert len(state.weights.key_maps) == (1 if after == NEVER else 2)
-    assert state.schedule == schedule
-
-
-def test_where_contexts_shift_a_pair_without_an_importance_has_the_weight_1():
-    problem = make_problem(1, CONFIG, F=6, dtype=torch.float32, schedule=ShiftSchedule(32, 8))
-    weights = problem.weights()
-    k, v = (x.transpose(0, 1) for x in (problem.k, problem.v))
-    assert (pair_importance(k, v, weights.importance[:, None]) == 1).all()
-    assert len(make_problem(1, CONFIG).weights().importance) == 0
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,8 @@ from lola_vllm.core.ops.reference import (
     feature_map,
     lola_attention,
     pair_importance,
-    self_recall_error,
 )
-from tests.support.problem import full_attention, make_problem, unrecallable
+from tests.support.problem import full_attention, make_problem
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -146,16 +145,6 @@ def test_relative_errors_of_an_empty_state_are_equal():
     assert problem.reference()[1].sparse_positions == [[0], [0]]
 
 
-@pytest.mark.parametrize("interval", [1, 5])
-@pytest.mark.parametrize("sharing", ["none", "kv_head"])
-def test_scores_that_are_no_numbers_count_as_the_largest(interval, sharing):
-    """Infinite ones, too; of equal ones the older pair stays."""
-    problem = unrecallable(interval, sharing, dtype=torch.float64)
-    _, state = problem.reference()
-    assert state.sparse_positions[:3] == [[7, 9, 14]] * 3
-    assert len(set(state.sparse_positions[3])) == 3
-
-
 def test_an_importance_is_what_its_formula_says():
     gen = torch.Generator().manual_seed(0)
     k, v, weights = (torch.randn(n, generator=gen).double() for n in (7, 7, 3 + 7 + 1))
@@ -186,12 +175,6 @@ def test_a_pair_of_large_importance_stays(interval, sharing):
     assert [gone in positions for positions in held] == [False] * 3 + [True] * 3
 
 
-def test_recall_error_of_an_empty_state_is_the_norm():
-    phi, v = torch.rand(4, 6).double(), torch.randn(4, 3).double()
-    H, s = torch.zeros(6, 3).double(), torch.zeros(6).double()
-    torch.testing.assert_close(self_recall_error(phi, v, H, s), v.norm(dim=-1), **EXACT)
-
-
 @pytest.mark.parametrize("mixing", ["lola", "lolcats"])
 def test_no_nan_at_logits_of_a_hundred(mixing):
     problem = make_problem(40, config(mixing=mixing), dtype=torch.float32, scale=6.0)
@@ -201,9 +184,3 @@ def test_no_nan_at_logits_of_a_hundred(mixing):
     )  # fmt: skip
     assert out.dtype == torch.float32 and out.isfinite().all()
     torch.testing.assert_close(out.double(), problem.reference()[0], rtol=1e-3, atol=1e-3)
-
-
-def test_feature_map_rows_sum_to_two_and_stay_positive():
-    phi = feature_map(torch.randn(5, 16) * 50, torch.randn(16, 8))
-    torch.testing.assert_close(phi.sum(-1), torch.full((5,), 2.0))
-    assert (phi > 0).all()

@@ -14,10 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from lola_vllm.core.config import DecoderConfig, TensorFacts
+from lola_vllm.core.config import DecoderConfig
 from lola_vllm.core.ops.compose import ComposeError
 from lola_vllm.engine.hf import LolaCache, LolaForCausalLM, LolaModelError
-from lola_vllm.memory.sessions.file import StateFileError
 from lola_vllm.models.init import init_checkpoint
 from tests.support.families import make_base
 from tests.support.oracle import Oracle
@@ -112,40 +111,6 @@ def test_logits_are_the_references(tmp_path: Path, lola: dict[str, Any], state_h
         torch.testing.assert_close(logits.detach().log_softmax(-1), truth, **CLOSE)
 
 
-@pytest.mark.parametrize(
-    "splits",
-    [[1] * 70, [16, 16, 38], [5, 1, 1, 40, 1, 22]],
-    ids=lambda s: "-".join(map(str, s[:6])),
-)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@torch.no_grad()
-def test_any_split_of_a_cached_forward_is_one_forward(
-    tiny: Path, splits: list[int], dtype: torch.dtype
-) -> None:
-    model, ids = load(tiny, dtype), torch.tensor(random_prompts([70, 70], seed=2))
-    once = model(ids)
-    cache, logits = None, []
-    for part in ids.split(splits, dim=1):
-        out = model(part, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        logits.append(out.logits)
-    # A product of one row and one of 70 add up in different orders.
-    atol = {torch.float64: 1e-5, torch.bfloat16: 0.3}[dtype]
-    torch.testing.assert_close(torch.cat(logits, 1), once.logits, rtol=0, atol=atol)
-    assert cache.get_seq_length() == 70
-    if dtype == torch.float64:
-        for a, b in zip(pages(cache), pages(once.past_key_values), strict=True):
-            torch.testing.assert_close(a, b, **CLOSE)
-
-
-def test_gradients_reach_every_weight(model: Any) -> None:
-    model(
-        torch.tensor(random_prompts([90])), labels=torch.tensor(random_prompts([90]))
-    ).loss.backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
-    model.zero_grad()
-
-
 # ---- batches and padding
 
 
@@ -183,20 +148,6 @@ def test_gradients_do_not_depend_on_padding(model: Any) -> None:
         alone += part * (row.shape[1] - 1) / (70 + 41 - 2)
     assert alone.abs().max() > 1e-6
     torch.testing.assert_close(padded, alone, rtol=1e-4, atol=1e-8)
-
-
-@torch.no_grad()
-def test_left_padding_may_be_cut_anywhere(model: Any) -> None:
-    """Chunks in which a row is nothing but padding, and a tail after the padding."""
-    prompts = random_prompts([80, 12, 45], seed=1)
-    ids, mask = left_padded(prompts)
-    whole = model(ids, attention_mask=mask)
-    cache = LolaCache(model.config)
-    for start, stop in itertools.pairwise([0, 1, 30, 31, 66, 80]):
-        out = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache)
-    torch.testing.assert_close(out.logits[:, -1], whole.logits[:, -1], **CLOSE)
-    for a, b in zip(pages(cache), pages(whole.past_key_values), strict=True):
-        torch.testing.assert_close(a, b, **CLOSE)
 
 
 # ---- generate
@@ -262,12 +213,6 @@ def test_rows_of_a_cache_can_be_chosen_repeated_and_copied(model: Any) -> None:
         for row, prompt in enumerate([prompts[2], prompts[2], prompts[1], prompts[1]]):
             alone = model(torch.tensor([[*prompt, 3 + row]])).logits[0, -1]
             torch.testing.assert_close(logits[row], alone, **CLOSE)
-
-
-def test_parameters_can_be_changed_at_loading(tiny: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny, lola_config={"window_size": 8})
-    assert (model.config.lola.window_size, model.config.lola.sink_size) == (8, 2)
-    assert LolaCache(model.config).layers[1].lola == model.config.lola.for_layer(1)
 
 
 # ---- refusals
@@ -350,18 +295,6 @@ def test_a_bfloat16_model_keeps_its_gates_and_its_importance(tmp_path: Path) -> 
     with torch.no_grad():
         cached = model(ids).logits
     assert bool(whole.isfinite().all()) and bool(cached.isfinite().all())
-
-
-def test_an_unfitted_importance_weighs_all_pairs_the_same(tmp_path: Path) -> None:
-    plain = load(make_tiny(tmp_path, LOLA))
-    config = DecoderConfig.from_pretrained(tmp_path)
-    config.facts = TensorFacts(8, 2, importance=True)
-    weighted = AutoModelForCausalLM.from_pretrained(
-        tmp_path, config=config, dtype=torch.float64
-    ).eval()
-    ids = torch.tensor(random_prompts([90]))
-    assert not weighted.model.layers[0].self_attn.importance.any()
-    torch.testing.assert_close(weighted(ids).logits, plain(ids).logits, **CLOSE)
 
 
 def test_untrained_maps_are_lolcats_starting_point(tmp_path: Path) -> None:
@@ -507,22 +440,6 @@ def test_without_a_cache_rows_end_at_the_trained_length(endless: Path) -> None:
         model(torch.ones(1, 65, dtype=torch.int64))
 
 
-@torch.no_grad()
-def test_a_state_of_int8_pairs_is_of_no_other_model(tmp_path: Path) -> None:
-    """Its file goes on in the same model, and says to another what differs."""
-    directory = make_tiny(tmp_path / "tiny", {**LOLA, "sparse_dtype": "int8"})
-    model, ids = load(directory), torch.tensor(random_prompts([131], seed=7))
-    cache = model(ids).past_key_values
-    cache.save(tmp_path / "state", ids[0])
-    found, _ = LolaCache.load(tmp_path / "state", model.config)
-    more = torch.tensor(random_prompts([30], seed=8))
-    expected = model(torch.cat([ids, more], dim=1)).logits[:, 131:]
-    torch.testing.assert_close(model(more, past_key_values=found).logits, expected, **CLOSE)
-    model.config.lola_config = {"sparse_dtype": "model"}
-    with pytest.raises(StateFileError, match="another model config"):
-        LolaCache.load(tmp_path / "state", model.config)
-
-
 # ---- documents that were read apart
 
 
@@ -550,22 +467,6 @@ def test_composed_documents_go_on_as_one_sequence(model: Any) -> None:
     step = model(input_ids=torch.tensor([[5, 6, 7]]), past_key_values=composed, use_cache=True)
     assert bool(step.logits.isfinite().all())
     assert composed.get_seq_length() == 48 + 64 + 37 + 3
-
-
-@torch.no_grad()
-def test_composed_documents_that_fit_are_read_in_one_layer_as_in_a_row(tmp_path: Path) -> None:
-    """Keys of the first layer depend on their own token and its position alone."""
-    fields = {"window_size": 16, "sparse_cache_size": 500, "sink_size": 2, "update_interval": 8}
-    one_layer = load(make_tiny(tmp_path, fields, layers=1))
-    documents = [random_prompts([n], seed=n)[0] for n in (48, 64, 37)]
-    composed = LolaCache.compose([read(one_layer, ids) for ids in documents], one_layer)
-    whole = read(one_layer, [token for ids in documents for token in ids])
-    new = torch.tensor([[5, 6, 7]])
-    logits = [
-        one_layer(input_ids=new, past_key_values=cache, use_cache=True).logits
-        for cache in (composed, whole)
-    ]
-    torch.testing.assert_close(*logits, **CLOSE)
 
 
 @torch.no_grad()

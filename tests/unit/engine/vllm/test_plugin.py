@@ -61,14 +61,6 @@ def test_a_busy_reader_of_vllms_queue_looks_at_its_wake_ups():
         theirs.destroy(linger=0)
 
 
-def test_vllm_finds_the_entry_point():
-    from importlib.metadata import entry_points
-
-    plugins = entry_points(group="vllm.general_plugins")
-    found = [(e.name, e.value) for e in plugins if e.value.startswith("lola_vllm")]
-    assert found == [("lola", "lola_vllm:register")]
-
-
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.1", "0.33.0"])
 def test_supported_versions(version):
     check_vllm_version(version)

@@ -28,10 +28,6 @@ def test_a_question_without_words_of_the_texts_finds_nothing(question: str) -> N
     assert index.find(question, 3) == [] and not index.scores(question).any()
 
 
-def test_texts_without_words_are_not_found() -> None:
-    assert WordIndex(["", "|"]).find("pump", 3) == []
-
-
 def test_orders_are_fused_by_ranks() -> None:
     assert fuse([[3, 1, 2], [2, 4]]) == [2, 3, 1, 4]
     assert fuse([[3, 1, 2], []]) == [3, 1, 2]

@@ -81,14 +81,6 @@ def test_what_was_encrypted_is_read_with_its_key(path):
     assert path.stat().st_mode & 0o777 == 0o600 and os.listdir(path.parent) == [path.name]
 
 
-def test_pieces_of_the_size_that_is_used(tmp_path, monkeypatch):
-    monkeypatch.undo()
-    row = np.random.default_rng(1).integers(0, 256, 2 * 2**20 + 5, dtype=np.uint8)
-    size = write_state(tmp_path / "x", header(), TOKENS_IN, row, KEY)
-    assert (read_state(tmp_path / "x", key=KEY).data == row).all()
-    assert 0 < size - len(row) - TOKENS_IN.nbytes < 2500
-
-
 @pytest.mark.parametrize("count", [0, 1, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, 5 * PIECE + 7])
 def test_sections_of_any_length(count):
     data = np.arange(count, dtype=np.uint8)

@@ -145,17 +145,6 @@ def test_a_fork_is_another_source(server: Server) -> None:
     assert names(server) == {"two"}
 
 
-def test_a_fork_of_several_states_is_one_session(server: Server) -> None:
-    hashes = server.store.prefix_hashes([*ONE, 5])
-    (state,) = server.store.lookup(parse_reference("one"))
-    turn = type(server.store.open_turn("one", state))(state.session, 1)
-    server.store.save(turn, hashes, len(ONE) + 1, "answer", 1, parent=state)
-    server.settle()
-    server.ask("fork", reference="one", to="twig")
-    states = server.store.lookup(parse_reference("twig"))
-    assert len(states) == 2 and len({state.header.session_id for state in states}) == 1
-
-
 def test_owners_are_told_apart_in_what_was_composed(server: Server) -> None:
     """Sessions of two owners have the same names."""
     theirs = salt_hash("other")

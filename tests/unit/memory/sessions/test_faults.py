@@ -60,24 +60,6 @@ def test_a_change_that_is_not_written_leaves_the_file_and_the_header(
     assert names(other) == {"agent-7"} and other.restore(TEXT) == 100
 
 
-@pytest.mark.parametrize("fault", ["full", "slow"])
-def test_an_answer_of_one_token_that_is_not_written_leaves_the_file(
-    server, tmp_path, monkeypatch, fault
-):
-    """Its tokens are the prompt's, so the prompt's file is to say that an answer followed."""
-    server.say(TEXT[:100], "agent-7", kind="prompt")
-    server.settle()
-    break_rewrites(server, monkeypatch, fault)
-    server.say(TEXT[:100], "agent-7", kind="answer", tail=[5])
-    server.settle()
-    assert server.store.failures == {"io": 1}
-    assert server.manager.tokens("agent-7")["tail"] == [5]  # it was said all the same
-    assert server.restore(TEXT) == 100
-    monkeypatch.undo()
-    other = after_a_start(server, tmp_path)
-    assert other.restore(TEXT) == 100 and other.manager.tokens("agent-7")["kind"] == "prompt"
-
-
 def test_a_rename_takes_all_states_of_a_session_or_none(tmp_path, monkeypatch):
     server = Server(tmp_path, memory=0)
     for n in (100, 200, 300):

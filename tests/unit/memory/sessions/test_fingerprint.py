@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from lola_vllm.core.config import config_class
 from lola_vllm.core.state import LayerLayout
 from lola_vllm.memory.sessions import fingerprint
 from lola_vllm.memory.sessions.fingerprint import (
-    COMPARED,
     Fingerprint,
     adapter_fingerprint,
     model_fingerprint,
@@ -105,15 +103,6 @@ def test_the_length_of_contexts_counts_where_positions_come_again(model: Path) -
     longer: dict[str, object] = {"max_position_embeddings": 2048}
     assert of(model, lola=ENDLESS) != of(model, longer, lola=ENDLESS)
     assert of(model) == of(model, longer)
-
-
-@pytest.mark.parametrize("name", COMPARED)
-def test_every_compared_part_parts_states(name: str) -> None:
-    one = Fingerprint("c", "t", "d", "", "l", "1x1", "tok", "tem")
-    other = replace(one, **{name: "other"})
-    assert one.key != other.key and one.difference(other.to_dict())
-    told = replace(one, tokenizer="x", template="y")
-    assert one.key == told.key and one.difference(told.to_dict()) is None
 
 
 def edited(model: Path, out: Path, first: float, share: float) -> Path:

@@ -134,13 +134,6 @@ def test_owners_see_their_own(server: Server) -> None:
     assert server.ask("libraries")[0]["parts"] == 3
 
 
-def test_a_fork_of_a_part_is_no_part(server: Server) -> None:
-    server.ask("fork", reference="library-3", to="mine")
-    server.settle()
-    assert server.ask("libraries")[0]["parts"] == 3
-    assert [one["session"] for one in server.ask("sessions")] == ["mine"]
-
-
 def test_keys_count_in_the_budgets(tmp_path: Path) -> None:
     """Three sessions fit; three documents, each with keys beside its state, do not."""
 

@@ -97,19 +97,6 @@ def test_segments_go_when_their_session_is_evicted(tmp_path: Path) -> None:
     assert server.workers[0].num_states == 1
 
 
-def test_segments_go_when_their_session_expires(server: Server) -> None:
-    server.say(TEXT[::-1], "brief", ttl=50)
-    keep(server, 0, TEXT[::-1][:SIZE], session="brief")
-    server.say([7, *TEXT[::-1]], "brief", ttl=20)  # ends before the turn that it goes on from
-    server.settle()
-    server.clock.now += 60
-    server.store.expire()
-    server.settle()
-    assert segments(server) == [0, 1]
-    left = {state.header.session for state in server.store.states.values()}
-    assert left == {"chat", "library-chat-0-1", "library-chat-1-2"}
-
-
 def test_a_killed_server_leaves_no_segment_without_its_session(tmp_path: Path) -> None:
     server = Server(tmp_path)
     session = server.say(TEXT, "chat")

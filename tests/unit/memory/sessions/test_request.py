@@ -4,19 +4,13 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from vllm import SamplingParams
 
 from lola_vllm.engine.vllm.session_requests import SchedulerHalf
 from lola_vllm.memory.sessions.request import MAX_FAULTS, RequestState, read_params
-from lola_vllm.serving.sessions.wrappers import check_params
 from tests.support.sessions import Server
 
 LONG = "x" * 3_000_000
 MANY = {f"{n:06}": 0 for n in range(200_000)}
-
-
-def parsed(**lola):
-    return read_params({"lola": lola})
 
 
 @pytest.mark.parametrize(
@@ -42,18 +36,6 @@ def test_parameters_of_megabytes_are_read_at_once_and_shortly_refused(lola):
     assert time.thread_time() - begin < 0.05
     assert 1 <= len(found.faults) <= MAX_FAULTS and len(text) < 600
     assert not found.restore and not found.save
-
-
-def params(n=1, **lola):
-    return SamplingParams(n=n, extra_args={"kv_transfer_params": {"lola": lola}})
-
-
-def test_other_requests_are_left_alone():
-    for given, session_id in (
-        (params(), None), (params(), "a"), (params(n=2), None), (params(n=2, save=False), "a"),
-        (SamplingParams(), None), (object(), "../x"),
-    ):  # fmt: skip
-        check_params(given, session_id)
 
 
 def request(name, tokens, session=None, **fields):
@@ -93,14 +75,6 @@ def test_requests_of_a_session_that_wait_are_told_so(half):
     assert finish(half, second)["reason"].startswith(
         "waited for another request of session 'agent': one at a time"
     )
-
-
-def test_requests_of_other_owners_do_not_wait(half):
-    first, second = request("1", TEXT, "agent"), request("2", TEXT, "agent")
-    second.cache_salt = "other"
-    for asked in (first, second):
-        half.arrive(asked)
-        assert half.match(asked, 0) == 0
 
 
 def test_beyond_the_trained_length_the_client_is_told_how_far(half):

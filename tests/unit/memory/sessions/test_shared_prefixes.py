@@ -66,14 +66,6 @@ def test_the_same_prompt_branches_before_its_end_until_it_was_read():
     assert not known._read and not known._branches
 
 
-@pytest.mark.parametrize("other", [{"salt": "b"}, {"adapter": "b"}])
-def test_salts_and_adapters_share_nothing(other):
-    known = RecentPrompts()
-    known.observe(hashes([*SHARED, 1000]))
-    assert known.observe(hashes([*SHARED, 1001], **other)) == 0
-    assert known.observe(hashes([*SHARED, 1001])) == 600
-
-
 def test_old_prompts_are_forgotten_and_leave_nothing():
     known = RecentPrompts(max_tokens=2000)
     known.observe(hashes([*SHARED, 1000]))
@@ -253,16 +245,3 @@ def test_shared_prefixes_of_other_owners_stay(server):
     server.settle()
     server.ask("delete", reference="one")
     assert names(server) == {"shared-1"}
-
-
-def test_the_prefix_survives_the_states_between(server):
-    server.say(SHARED[:300], "shared-1", kind="prompt")
-    server.say([*SHARED[:300], 1001], "one")
-    server.say([*SHARED[:300], 1001, 1002], "one")
-    server.settle()
-    server.ask("delete", reference="one@1")
-    server.say([*SHARED[:300], 1001, 1002, 1003], "one")
-    server.settle()
-    assert {s.header.shared_prefix for s in server.store.states.values()} == {
-        None, server.store.prefix_hashes(SHARED).prefix_hash(300).hex()
-    }  # fmt: skip

@@ -340,22 +340,6 @@ def test_threads_use_a_store_at_once(tmp_path):
     assert_empty(server)
 
 
-def test_bringing_and_taking_away_files(tmp_path):
-    server = Server(tmp_path / "one")
-    server.say(TEXT[:100], "a")
-    assert server.manager.call("files", {"reference": "nobody"})["kind"] == "not-found"
-    server.settle()
-    (path,) = server.manager.files("a")["files"]
-    other = Server(tmp_path / "two", memory=0)
-    other.manager.import_file(path, "b", salt="alice")
-    assert other.restore(TEXT, salt=salt_hash("alice")) == 100 and other.restore(TEXT) == 0
-    again = other.manager.call("import_file", {"file": path, "session": "b", "salt": "alice"})
-    assert again["kind"] == "exists"
-    foreign = Server(tmp_path / "three", fingerprint=replace(FINGERPRINT, dtype="bfloat16"))
-    answer = foreign.manager.call("import_file", {"file": path, "session": "b"})
-    assert answer["kind"] == "bad" and "dtype" in answer["error"]
-
-
 def test_references_and_settings():
     assert parse_reference("agent-7@3") == ("agent-7", 3)
     assert parse_bytes("1.5 GiB", "x") == 3 * 2**29 and parse_bytes("512m", "x") == 2**29

@@ -69,13 +69,6 @@ def test_the_file_that_the_index_links_to(index: Index, tmp_path: Path) -> None:
     assert [path for path, _ in index.asked] == ["/simple/poems/", "/files/poems-1.0.tar.gz"]
 
 
-def test_another_content_is_refused(index: Index, tmp_path: Path) -> None:
-    index.pages["/files/poems-1.0.tar.gz"] = b"something else"
-    with pytest.raises(DownloadError, match=f"has sha256 .*, expected {FILE.sha256}"):
-        fetch_file(FILE, tmp_path)
-    assert not any(tmp_path.iterdir())
-
-
 def test_the_password_of_an_index_is_used_and_not_shown(
     index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,13 +81,3 @@ def test_the_password_of_an_index_is_used_and_not_shown(
     with pytest.raises(DownloadError, match="404") as error:
         fetch_file(FILE, tmp_path)
     assert "cret" not in str(error.value)
-
-
-def test_a_directory_of_files_goes_before_the_index(
-    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "here").mkdir()
-    (tmp_path / FILE.name).write_bytes(DATA)
-    monkeypatch.setenv("PIP_FIND_LINKS", f"{tmp_path / 'nowhere'} {tmp_path}")
-    assert fetch_file(FILE, tmp_path / "here").read_bytes() == DATA
-    assert index.asked == []

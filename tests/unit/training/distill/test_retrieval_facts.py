@@ -77,19 +77,3 @@ def test_several_keys_have_one_answer_in_the_order_of_the_question(
         assert places == sorted(set(places)), (seed, asked)
         counts[len(places)] += 1
     assert set(counts) == {2, 3, 4} and counts[4] > 20
-
-
-def test_all_values_of_a_key_are_asked_for_in_the_order_of_the_text(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    several = 0
-    for seed in range(200):
-        asked = draw("values of a key", seed, monkeypatch)
-        for turn in asked.turns:
-            values = values_of(turn)
-            places = [
-                next(at for at, s in enumerate(asked.statements) if value in s) for value in values
-            ]
-            assert places == sorted(set(places))
-            several += len(values) > 1
-    assert several > 100
