@@ -1,13 +1,15 @@
 """What a body may be is found out before anything walks it, and said in words."""
 
+import asyncio
 import json
 import time
+from unittest.mock import AsyncMock
 
 import pytest
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, HTTPException
 from fastapi.testclient import TestClient
 
-from lola_vllm.serving.bodies import LolaRoute
+from lola_vllm.serving.bodies import LolaRoute, _bounded
 from lola_vllm.serving.protocol import MAX_BODY_BYTES, MemoryRequest
 
 JSON = {"Content-Type": "application/json"}
@@ -128,15 +130,21 @@ def test_refusals_name_field_value_and_remedy(client, body, said, field):
 
 
 def test_a_body_of_too_many_bytes_is_not_read(client):
-    def pieces():
-        for _ in range(100):
-            yield b" " * (MAX_BODY_BYTES // 50)
-
-    for content in (b" " * (MAX_BODY_BYTES + 1), pieces()):  # of a length that is said, and not
+    whole = b" " * (MAX_BODY_BYTES + 1)
+    for content in (whole, iter([whole])):  # of a length that is said, and not
         response = client.post("/memory", content=content, headers=JSON)
         assert response.status_code == 413
         assert f"more than {MAX_BODY_BYTES} bytes" in response.json()["detail"]
     assert post(client, b" " * (MAX_BODY_BYTES - 15) + b'{"prompt": "x"}').status_code == 200
+
+
+def test_the_pieces_of_a_body_are_bounded_together():
+    """A test client sends a body in one piece, servers as it comes."""
+    receive = _bounded(AsyncMock(return_value={"body": b" " * (MAX_BODY_BYTES // 2)}))
+    asyncio.run(receive())
+    asyncio.run(receive())
+    with pytest.raises(HTTPException, match="413"):
+        asyncio.run(receive())
 
 
 @pytest.mark.parametrize(
