@@ -206,7 +206,7 @@ async def answered(
     """
     report = reported()
     answer: Response = await how.generate(tokens, params)
-    named = {"sources": sources} if sources else {}
+    named: dict[str, Any] = {"sources": sources} if sources else {}
     if isinstance(answer, StreamingResponse):
         still = lock.pop_all()
         answer.body_iterator = _with_report(
