@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
+import reprlib
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -165,6 +167,19 @@ class PromptRequest(BaseModel):
         default=None, min_length=1, max_length=MAX_MESSAGES, fail_fast=True
     )
     cache_salt: CacheSalt | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, data: Any) -> Any:
+        for name in data if isinstance(data, dict) else ():
+            if name not in cls.model_fields:
+                shown = reprlib.repr(name)[1:-1]
+                near = difflib.get_close_matches(shown, cls.model_fields, n=1, cutoff=0.0)[0]
+                raise ValueError(
+                    f"{shown}: unknown field; nearest valid name: {near!r}; "
+                    f"all: {', '.join(cls.model_fields)}"
+                )
+        return data
 
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:

@@ -66,7 +66,7 @@ BAD = {
     "broken": (b'{"prompt": ', "the body is no JSON: Expecting value at character 11", None),
     "number": ({"prompt": 5}, "prompt = 5: Input should be text or a list of token ids", "prompt"),
     "fraction": ({"prompt": [1, 1.5]}, "prompt.1 = 1.5: Input should be a valid int", "prompt.1"),
-    "name": ({"prompt": "x", "layer": 3}, "layer = 3: Extra inputs are not permitted", "layer"),
+    "name": ({"prompt": "x", "layer": 3}, "layer: unknown field; nearest valid name: 'lay", None),
     "role": ({"messages": [{"name": "x"}]}, "messages.0.role: Field req", "messages.0.role"),
     "content": (
         {"messages": words(1, 5)},

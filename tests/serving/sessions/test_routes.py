@@ -240,7 +240,7 @@ BAD = {
     "expected-tokens": ("none/append", {"prompt": "x", "tokens": 3}, 404, "'none'"),
     "fork-to-no-name": ("none/fork", {"to": "../x"}, 400, "to = '../x'"),
     "nothing-to-read": ("none/append", {}, 400, "give one of 'prompt'"),
-    "unknown-field": ("none/append", {"prompt": "x", "tll": 3}, 400, "tll = 3: Extra inputs"),
+    "unknown-field": ("none/append", {"prompt": "x", "tll": 3}, 400, "nearest valid name: 'ttl'"),
     "no-token": ("none/append", {"prompt": [99999]}, 400, "token id 99999"),
     "too-long": ("none/append", {"prompt": [5] * 2048}, 400, "from 1 to 2047"),
     "two-answers": ("none/chat", {"messages": user("x"), "n": 2}, 400, "n = 2"),
