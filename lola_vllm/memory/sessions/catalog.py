@@ -254,6 +254,7 @@ class Catalog:
     def change(self, state: Stored, **fields: object) -> None:
         """Give a state another header, keeping its place among the others."""
         with self.lock:
+            state = self.states.get(state.id, state)
             tokens = self._tokens.get(state.id)
             tiers = [tier for tier in (self.memory, self.disk) if tier.remove(state)]
             self._unlist(state)
@@ -263,6 +264,8 @@ class Catalog:
     def forget(self, state: Stored, keep_file: bool = False) -> None:
         """Drop a state everywhere."""
         with self.lock:
+            # An order may still hold a state that has left, and whose file has been found since.
+            state = self.states.get(state.id, state)
             for tier in (self.memory, self.disk):
                 if state.id in tier.states:
                     if tier is self.disk and keep_file:

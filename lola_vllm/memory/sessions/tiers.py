@@ -108,8 +108,9 @@ class Tier:
 
     def remove(self, state: Stored) -> bool:
         """Stop counting a state; False if it was not here."""
-        if self.states.pop(state.id, None) is None:
+        if self.states.get(state.id) is not state:
             return False
+        del self.states[state.id]
         state.tiers.discard(self.name)
         self.nbytes -= state.nbytes
         owner = state.owner

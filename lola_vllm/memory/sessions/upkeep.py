@@ -197,7 +197,8 @@ class Upkeep:
             # These get a header of ours.
             busy = {s.id for op in self._known.values() if not op.done for s in op.states}
             before = {i: s.header for i, s in store.disk.states.items() if i not in busy}
-            known = set(store.states) | store.dropped
+            dropped = set(store.dropped)  # others are dropped while files are listed
+            known = set(store.states) | dropped
         scan = store.directory.scan(known)
         if scan is None:
             return
@@ -215,7 +216,7 @@ class Upkeep:
                 state = store.states.get(gone)
                 if state is not None:
                     store.lose_file(state)
-            store.dropped &= scan.there
+            store.dropped -= dropped - scan.there
             for header, used in sorted(scan.new, key=lambda found: found[1]):
                 if header.id not in store.states and header.id not in store.dropped:
                     state = Stored(

@@ -320,7 +320,9 @@ def test_threads_use_a_store_at_once(tmp_path):
             for i in range(300):
                 server.manager.sessions()
                 server.manager.call("fork", {"reference": "s-1", "to": f"fork-{i}"})
+                server.manager.call("rename", {"session": f"fork-{i - 2}", "to": f"new-{i}"})
                 server.manager.call("delete", {"reference": f"fork-{i - 5}"})
+                server.manager.call("delete", {"reference": f"new-{i - 5}"})
                 server.store.upkeep.refresh()
         except Exception as error:
             faults.append(error)
@@ -336,6 +338,21 @@ def test_threads_use_a_store_at_once(tmp_path):
     assert not faults
     assert server.store.memory.nbytes <= 20 * ROW and server.store.disk.nbytes <= 50 * ROW
     server.manager.clear()
+    server.settle()
+    assert_empty(server)
+
+
+def test_an_order_of_a_state_that_left_deletes_what_was_found_of_it_since(tmp_path):
+    server = Server(tmp_path)
+    server.say(TEXT[:50], "agent")
+    server.settle()
+    (left,) = server.store.states.values()
+    server.store.forget(left, keep_file=True)
+    server.store.upkeep.refresh()
+    (found,) = server.store.states.values()
+    assert found.id == left.id and found is not left
+    server.ask("rename", session="agent", to="other")
+    server.store.forget(left)
     server.settle()
     assert_empty(server)
 
