@@ -220,7 +220,7 @@ def _quick(
     if not named & _OF_COMPILING:
         reason = (
             "torch.compile takes 1 to 3 minutes at the first start, seconds at later ones, then\n"
-            "      decodes a quarter faster, a batch of 8 by two fifths; --no-enforce-eager has it"
+            "      decodes a quarter faster; --no-enforce-eager has it"
         )
         chosen.append(ChosenOption("--enforce-eager", "", reason))
     return chosen
