@@ -68,7 +68,7 @@ class LolaModelConfig(VerifyAndUpdateConfig):
         settle_sessions(vllm_config)
         refuse(vllm_config)
         settle_drafts(vllm_config)
-        ShiftSchedule.of(hf_config)  # refuses an interval that does not suit the length
+        announce_context_shift(vllm_config)
         settle_block_size(vllm_config)
         settle_cpu_memory(vllm_config)
         settle_gpu_sequences(vllm_config)
@@ -76,6 +76,7 @@ class LolaModelConfig(VerifyAndUpdateConfig):
         warn_of_cpu_adapters(vllm_config)
         settle_cpu_worker(vllm_config)
         settle_worker_extension(vllm_config)
+        announce_compiling(vllm_config)
 
 
 def settle_sessions(vllm_config: VllmConfig) -> None:
@@ -281,6 +282,32 @@ def warn_of_slow_dtype(vllm_config: VllmConfig) -> None:
             "conversions; --dtype float32 is several times faster ('lola-vllm serve' chooses it)",
             str(model.dtype).removeprefix("torch."),
             ", ".join(cpu.BFLOAT16_FLAGS),
+        )
+
+
+def announce_context_shift(vllm_config: VllmConfig) -> None:
+    """Say that contexts have no end, and how many tokens a request may hold all the same.
+
+    Raises:
+        LolaConfigError: a `context_shift` that does not suit the model's length.
+    """
+    schedule = ShiftSchedule.of(lola_hf_config(vllm_config))
+    if schedule is not None:
+        logger.info(
+            "LoLA: contexts without end: from %s tokens on, they shift by %s every %s tokens "
+            "(context_shift). vLLM keeps the token ids of a request, at most %s "
+            "(--max-model-len)",
+            *(f"{n:,}" for n in (schedule.length, schedule.interval, schedule.interval)),
+            f"{vllm_config.model_config.max_model_len:,}",
+        )
+
+
+def announce_compiling(vllm_config: VllmConfig) -> None:
+    """A word before the longest part of a start, during which nothing is printed."""
+    if not vllm_config.model_config.enforce_eager:
+        logger.info(
+            "torch.compile runs before the server answers: a minute or more without output, less "
+            "when its cache is there; --enforce-eager starts without it, and decodes more slowly"
         )
 
 
