@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from common import ROOT, write_report
 from library_corpus import Corpus, Question, make
+from question import queries_of
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from lola_vllm.core.cpu import preferred_dtype
@@ -42,7 +43,6 @@ from lola_vllm.engine.hf import LolaCache
 from lola_vllm.memory.documents.choose import CANDIDATES, choose
 from lola_vllm.memory.documents.keys import DocumentKeys, Fetched, reading_heads
 from lola_vllm.memory.documents.words import WordIndex, fuse
-from tools.support.question import queries_of
 
 TOP = 3
 ANSWER_TOKENS = {"needles": 9, "facts": 24}

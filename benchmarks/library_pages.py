@@ -31,6 +31,7 @@ import torch
 from common import ROOT, write_report
 from library import Reader, Shelf
 from library_corpus import Corpus
+from question import queries_of
 
 from lola_vllm.command.client.documents import read_file
 from lola_vllm.engine.hf import LolaCache
@@ -38,7 +39,6 @@ from lola_vllm.memory.documents.choose import CANDIDATES, FOUND, Choice, choose
 from lola_vllm.memory.documents.parts import PART_TOKENS, split_text
 from lola_vllm.memory.documents.passage import Passage, before_question, passage_of
 from lola_vllm.memory.documents.words import WordIndex, fuse
-from tools.support.question import queries_of
 
 QUESTIONS = Path(__file__).with_name("library_questions.json")
 ANSWER_TOKENS = 32

@@ -54,6 +54,13 @@ def imports(file: Path) -> set[str]:
     return found
 
 
+def test_a_benchmark_imports_what_a_script_finds() -> None:
+    for file in (ROOT / "benchmarks").glob("*.py"):
+        assert not [name for name in imports(file) if name.split(".")[0] in ("tools", "tests")], (
+            file
+        )
+
+
 def uses() -> set[tuple[str, str]]:
     """Which parts import which, anywhere in their files."""
     found = set()

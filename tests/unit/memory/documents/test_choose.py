@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from benchmarks.question import queries_of
 from lola_vllm.core.ops.int8 import quantize
 from lola_vllm.core.state import SequenceLayout
 from lola_vllm.engine.hf import LolaCache
@@ -27,7 +28,6 @@ from lola_vllm.memory.documents.choose import (
     look,
 )
 from lola_vllm.memory.documents.keys import DocumentKeys, KeysError, reading_heads
-from tools.support.question import queries_of
 from tools.support.tiny import make_tiny, random_prompts
 
 LOLA = {
