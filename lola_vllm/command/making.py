@@ -221,14 +221,13 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
         found = calibrate(args.base, args.texts, options, args.model)
         print(report(found))
         importance = calibration.importance_tensors(found.importance)
-        sizes = {"sparse_cache_size": found.sizes, "recent_size": found.recent}
         if args.out is not None:
             calibration.write_calibrated(
-                args.model, args.out, sizes, importance, force=args.force, inputs=inputs
+                args.model, args.out, found.keys, importance, force=args.force, inputs=inputs
             )
             print(f"{args.out}: {args.model} with these sizes and this importance")
         if args.save is not None:
-            calibration.save_calibration(args.save, sizes, importance)
+            calibration.save_calibration(args.save, found.keys, importance)
         return 0
 
     parser.set_defaults(run=run)

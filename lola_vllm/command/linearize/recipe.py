@@ -267,14 +267,12 @@ def pairs_in(base: Path, lola_config: Mapping[str, Any], memory_mib: float) -> i
     def size(pairs: int) -> int:
         return state_bytes(base, lola_config, pairs)
 
-    if size(1) > budget:
+    if (least := size(1)) > budget:
         raise CheckpointError(
             f"--memory {memory_mib:g}: window and hidden state alone take "
-            f"{size(1) / 2**20:.2f} MiB; give more"
+            f"{least / 2**20:.2f} MiB; give more"
         )
-    return bisect_right(
-        range(1, MOST_PAIRS), budget, key=lambda n: state_bytes(base, lola_config, n)
-    )
+    return bisect_right(range(1, MOST_PAIRS), budget, key=size)
 
 
 def unlike(heads: int, layers: int, pairs: int) -> list[Any]:

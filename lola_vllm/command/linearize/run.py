@@ -278,8 +278,7 @@ class _Run:
         from lola_vllm.training.calibrate.run import calibrate, report
 
         found = calibrate(self.base, self.texts, self.recipe.calibrate, model)
-        sizes = {"sparse_cache_size": found.sizes, "recent_size": found.recent}
-        save_calibration(self.work / name, sizes, importance_tensors(found.importance))
+        save_calibration(self.work / name, found.keys, importance_tensors(found.importance))
         (self.work / REPORT).write_text(report(found), encoding="utf-8")
 
     def _recalibrate(self) -> None:

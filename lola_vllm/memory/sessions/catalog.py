@@ -254,7 +254,6 @@ class Catalog:
     def change(self, state: Stored, **fields: object) -> None:
         """Give a state another header, keeping its place among the others."""
         with self.lock:
-            state = self.states.get(state.id, state)
             tokens = self._tokens.get(state.id)
             tiers = [tier for tier in (self.memory, self.disk) if tier.remove(state)]
             self._unlist(state)

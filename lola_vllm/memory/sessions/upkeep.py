@@ -302,9 +302,9 @@ class Upkeep:
         if operation.before is None or not operation.undo:
             return
         with store.lock:
-            for state in operation.states:
-                if state.id in store.states:
-                    before = operation.before[state.id]
+            for state_id, before in operation.before.items():
+                state = store.states.get(state_id)  # one that left may have been found again
+                if state is not None:
                     store.change(state, **{
                         name: getattr(before, name)
                         for name, value in operation.fields.items()

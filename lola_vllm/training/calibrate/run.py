@@ -96,6 +96,11 @@ class Calibration:
     importance: dict[int, Tensor]
     held: dict[int, Held]
 
+    @property
+    def keys(self) -> dict[str, list[list[int]]]:
+        """The keys of `lola_config` that it settles."""
+        return {"sparse_cache_size": self.sizes, "recent_size": self.recent}
+
 
 def calibrate(
     base: Path, texts: Path, options: CalibrateOptions, model: Path | None = None
@@ -255,8 +260,7 @@ def report(found: Calibration) -> str:
     columns = zip(*found.held.values(), strict=True)
     total, alone, weighted = (sum(float(x.sum()) for x in column) for column in columns)
     total = max(total, 1e-9)
-    keys = {"sparse_cache_size": found.sizes, "recent_size": found.recent}
     return (
         f"all heads hold {alone / total:.0%} of the long-range attention by error, "
-        f"{weighted / total:.0%} with importance\n\n{json.dumps(keys)}"
+        f"{weighted / total:.0%} with importance\n\n{json.dumps(found.keys)}"
     )
