@@ -184,12 +184,13 @@ class Search:
         self.reader = Reader(model) if model else None
         self._indices: dict[tuple[int, int], WordIndex] = {}
 
-    def find(self, question: str, group: Group, top: int = TOP) -> list[int]:
-        """The documents of largest score, the best first."""
+    def find(self, question: str, group: Group, top: int = TOP) -> dict[int, float]:
+        """The documents of largest score, with it, the best first."""
         at = group.start, group.stop
         if at not in self._indices:
             self._indices[at] = WordIndex(self.texts[slice(*at)])
-        return [index + group.start for index in self._indices[at].find(question, top)]
+        found = self._indices[at].find(question, top)
+        return {index + group.start: score for index, score in found.items()}
 
     def ask(self, best: list[int], question: str, new: int) -> tuple[str, float]:
         """The answer to texts, the best last, and the seconds to its first token."""
@@ -249,7 +250,7 @@ def rows_of(
             ):
                 if finder is not None:
                     began = time.process_time()
-                    order = finder.find(asked, group)
+                    order = list(finder.find(asked, group))
                     row["seconds"][f"{name} of {size}"] = time.process_time() - began
                     row |= _where(f"{name} {{}} of {size}", order, question.document)
         if anchor is not None:
@@ -276,8 +277,8 @@ def _asked(
         began = time.process_time()
         found = choose(queries, group, min(CANDIDATES, len(group)))
         seconds[f"choose of {size}"] = time.process_time() - began
-        every = [group.start + choice.document for choice in found]
-        order = every[:TOP]
+        every = {group.start + choice.document: choice.score for choice in found}
+        order = list(every)[:TOP]
         row |= _where(f"{{}} of {size}", order, right)
         if search is not None:
             words = search.find(question.words, group, CANDIDATES)
@@ -330,7 +331,7 @@ def _answer(
         answered("in a row", answer, took + first)
     if search is not None and search.reader is not None:
         began = time.process_time()
-        best = search.find(question.text, group)
+        best = list(search.find(question.text, group))
         took = time.process_time() - began
         answer, first = search.ask(best, question.text, new)
         answered("bm25 and stock", answer, took + first)

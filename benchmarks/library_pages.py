@@ -113,9 +113,9 @@ class Asker:
         ids = self.reader.encode(f"\n{question}")
         queries = queries_of(self.reader.model, self.anchor, ids)
         found = choose(queries, self.shelf, min(CANDIDATES, len(self.shelf)))
-        heads = [choice.document for choice in found]
+        heads = {choice.document: choice.score for choice in found}
         words = self.words.find(question, CANDIDATES)
-        orders = {"heads": heads, "words": words, "both": fuse([heads, words])}
+        orders = {"heads": list(heads), "words": list(words), "both": fuse([heads, words])}
         return orders, {choice.document: choice for choice in found}
 
     def passage(self, part: int, choice: Choice | None, question: str) -> Passage:

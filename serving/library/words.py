@@ -42,8 +42,8 @@ class LibraryWords:
         question: str,
         top: int,
         read: Callable[[list[KnownPart]], Awaitable[list[str]]],
-    ) -> list[int]:
-        """The parts that have words of a question, the best first.
+    ) -> list[tuple[int, float]]:
+        """The parts that have words of a question, with their scores, the best first.
 
         Args:
             owner: of the library, as `owners.owned` says. parts: all of it.
@@ -62,7 +62,7 @@ class LibraryWords:
             self._held[owner, library] = tokens, texts, index
             while sum(tokens for tokens, *_ in self._held.values()) > MAX_TOKENS:
                 self._held.popitem(last=False)
-        return await asyncio.to_thread(index.find, question, top)
+        return list((await asyncio.to_thread(index.find, question, top)).items())
 
     def forget(self, owner: str | None, library: str) -> None:
         """Drop what is held of a library, of which something was deleted."""

@@ -81,7 +81,7 @@ class Questions:
         parts: Sequence[tuple[str, int]],
         top: int,
         salt: str | None,
-        by_words: Sequence[int] | None = None,
+        by_words: Sequence[tuple[int, float]] | None = None,
         made: Answer | None = None,
     ) -> Answer:
         """What a question reads that was heard with a request that is over.
@@ -89,8 +89,8 @@ class Questions:
         Args:
             parts: session and tokens of each that it was asked of. top: how many to tell.
             salt: of their owner.
-            by_words: the parts that have words of the question, the best first; None: those that
-                the model's heads find alone.
+            by_words: the parts that have words of the question, with their scores; None: the
+                model's heads find alone.
             made: the `session` that goes on from the first part, and its `ttl`; either may be None.
                 None: nothing goes on.
 
@@ -103,7 +103,10 @@ class Questions:
         if "choices" not in answer:
             return answer
         read = {choice["document"]: choice for choice in answer["choices"]}
-        order = list(read) if by_words is None else fuse([list(read), by_words])[:top]
+        order = list(read)
+        if by_words is not None:
+            scores = {i: choice["score"] for i, choice in read.items()}
+            order = fuse([scores, dict(by_words)])[:top]
         names = [parts[i][0] for i in order if i < len(parts)]
         texts = self._ask("texts", {"sessions": names, "salt": salt})
         if isinstance(texts, dict):

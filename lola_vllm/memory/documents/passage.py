@@ -44,7 +44,8 @@ def passage_of(text: str, read: Sequence[int], question: str) -> Passage:
         for at in read
     ]
     words = WordIndex([text[a:b] for a, b in spans])
-    order = fuse([list(dict.fromkeys(by_heads)), words.find(question, _BY_WORDS)])
+    heads = {index: 1 / rank for rank, index in enumerate(dict.fromkeys(by_heads), start=1)}
+    order = fuse([heads, words.find(question, _BY_WORDS)])
     index = order[0] if order else 0
     start, end = spans[index]
     if end - start > MAX_SENTENCE:

@@ -1,19 +1,16 @@
 """Which of many texts have the words of a question, by BM25.
 
 The heads of a model find what a question means, and words find names: a name is a word that few
-texts have. `fuse` puts the two orders together.
+texts have. `fuse` puts the two together.
 """
 
 from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-
-# Of reciprocal rank fusion: a text at rank r of an order, from 1 on, has 1 / (FUSION + r).
-FUSION = 60
 
 
 class WordIndex:
@@ -42,18 +39,25 @@ class WordIndex:
         found: np.ndarray = self._index.get_scores(words)
         return found
 
-    def find(self, question: str, top: int) -> list[int]:
-        """The texts that have words of the question, the best first."""
+    def find(self, question: str, top: int) -> dict[int, float]:
+        """The texts that have words of the question, with their scores, the best first."""
         scores = self.scores(question)
         order = np.argsort(-scores, kind="stable")[:top]
-        return [int(index) for index in order if scores[index] > 0]
+        return {int(index): float(scores[index]) for index in order if scores[index] > 0}
 
 
-def fuse(orders: Sequence[Sequence[int]]) -> list[int]:
-    """What is in one of the orders or more, the best first, by reciprocal rank fusion. Equal ones
-    as the first order has them."""
-    scores: dict[int, float] = defaultdict(float)
-    for order in orders:
-        for rank, index in enumerate(order, start=1):
-            scores[index] += 1 / (FUSION + rank)
-    return sorted(scores, key=lambda index: -scores[index])
+def fuse(found: Sequence[Mapping[int, float]]) -> list[int]:
+    """What was found in one way or more, the best first; equal ones as the first has them.
+
+    A score counts as a share of the largest that was found in the same way. So what is found
+    clearly, a name by its word or a number by the heads, outweighs what is found among many alike.
+
+    Args:
+        found: scores of 0 or more, in each way.
+    """
+    sums: dict[int, float] = defaultdict(float)
+    for scores in found:
+        largest = max(scores.values(), default=0)
+        for index, score in scores.items():
+            sums[index] += score / largest if largest else 0
+    return sorted(sums, key=lambda index: -sums[index])

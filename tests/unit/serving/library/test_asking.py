@@ -88,15 +88,15 @@ def test_a_question_crosses_to_the_engine_three_times(monkeypatch: pytest.Monkey
         calls.append(method)
         if method == "hear":
             return HEARD
-        assert arguments["made"] == made and arguments["by_words"] == [0]
+        assert arguments["made"] == made and arguments["by_words"] == [(0, 1.5)]
         choice = {"document": 0, "score": 2.0, "share": 0.5, "peaks": [3]}
         return {"found": [{**choice, "tokens": [5] * 40}], "transcript": transcript}
 
     async def read(*_: Any) -> None:
         calls.append("read")
 
-    async def words(*_: Any) -> list[int]:
-        return [0]
+    async def words(*_: Any) -> list[tuple[int, float]]:
+        return [(0, 1.5)]
 
     tokenizer = SimpleNamespace(encode=lambda *_, **__: [7], decode=lambda *_, **__: text)
     monkeypatch.setattr(asking, "most_tokens", lambda _: 100)

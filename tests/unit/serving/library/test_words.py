@@ -31,7 +31,8 @@ def parts(*numbers: int) -> list[KnownPart]:
 def find(
     words: LibraryWords, read: Texts, of: list[KnownPart], question: str, library: str = "shelf"
 ) -> list[int]:
-    return asyncio.run(words.find(None, library, of, question, 3, read))
+    found = asyncio.run(words.find(None, library, of, question, 3, read))
+    return [index for index, _ in found]
 
 
 def test_texts_are_read_once_and_again_where_documents_change() -> None:
