@@ -1,17 +1,14 @@
 """Sessions made of others in the engine, beside the same in transformers."""
 
-from __future__ import annotations
-
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from vllm import SamplingParams, TokensPrompt
 
 from lola_vllm.engine.hf import LolaCache
-from tests.support.engine import GREEDY, engine, scheduler
+from tests.engine.test_sessions import ask, store_options
+from tests.support.engine import engine, scheduler
 from tools.support.tiny import make_tiny, random_prompts
 
 LOLA = {"window_size": 16, "sparse_cache_size": [[24, 9], 24], "sink_size": 2, "context_shift": 64}
@@ -37,34 +34,25 @@ def in_transformers(model: Any, documents: list[list[int]], question: list[int])
 
 
 @pytest.mark.parametrize("length", [4096, 256], ids=["one-context", "shifted"])
-def test_the_engine_answers_as_transformers_do(tmp_path: Path, length: int) -> None:
+def test_the_engine_answers_as_transformers_do(tmp_path, length):
     directory = make_tiny(tmp_path / "tiny", LOLA, importance=True, max_position_embeddings=length)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     documents = random_prompts([117, 200, 64], seed=5)
     (question,) = random_prompts([21], seed=6)
-    options = {"additional_config": {"lola": {"state_ram": "64MiB", "store": "all"}}}
-    with engine(directory, max_num_seqs=8, **options) as llm:
-
-        def ask(prompt: list[int], new: int, **lola: Any) -> Any:
-            extra = {"kv_transfer_params": {"lola": lola}}
-            params = SamplingParams(max_tokens=new, extra_args=extra, **GREEDY)
-            tokens = TokensPrompt(prompt_token_ids=prompt)
-            (output,) = llm.generate([tokens], params, use_tqdm=False)
-            return list(output.outputs[0].token_ids), output.kv_transfer_params["lola"]
-
+    with engine(directory, max_num_seqs=8, **store_options()) as llm:
         for name, ids in zip("abc", documents, strict=True):
-            ask(ids, 1, save=name, answer=False)
+            ask(llm, ids, 1, save=name, answer=False)
         manager = scheduler(llm).get_kv_connector().scheduling.manager
         made = manager.call("compose", {"sources": ["a", "b@1", "c"], "to": "all"})
         assert made["made_of"] == ["a@1", "b@1", "c@1"]
         text = manager.call("tokens", {"reference": "all"})["tokens"]
         assert len(text) == 112 + 192 + 64
-        tokens, told = ask(text + question, NEW, **{"from": "all", "save": "all"})
+        tokens, told = ask(llm, text + question, NEW, from_="all", save="all")
         assert (told["restored_tokens"], told["turn"], told["reason"]) == (len(text), 2, None)
         assert tokens == in_transformers(model, documents, question)
         # Its next turn goes on from what it has seen, and no other request does.
         more = text + question + tokens
-        _, told = ask([*more, 5], 1, **{"from": "all", "save": "all"})
+        _, told = ask(llm, [*more, 5], 1, from_="all", save="all")
         assert told["restored_tokens"] == len(more) - 1
-        _, told = ask([*more, 5], 1, save=False)
+        _, told = ask(llm, [*more, 5], 1, save=False)
         assert told["restored_tokens"] == 0

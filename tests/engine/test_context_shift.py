@@ -4,7 +4,7 @@ import pytest
 
 from lola_vllm.core.config import ENDLESS_LENGTH
 from lola_vllm.engine.vllm import config_hook
-from tests.support.engine import engine
+from tests.support.engine import assert_refused, engine
 from tools.support.tiny import make_tiny
 
 LOLA = {"window_size": 8, "sparse_cache_size": 20, "sink_size": 3, "context_shift": 16}
@@ -35,8 +35,4 @@ def test_a_request_may_be_longer_than_the_base(tiny, monkeypatch):
     ],
 )
 def test_what_cannot_be_is_refused_by_name(tiny, overrides, length, words):
-    with (
-        pytest.raises(Exception, match=words),
-        engine(tiny, max_model_len=length, hf_overrides={"lola_config": overrides}),
-    ):
-        pass
+    assert_refused(tiny, words, max_model_len=length, hf_overrides={"lola_config": overrides})

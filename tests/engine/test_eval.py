@@ -1,7 +1,5 @@
 """`lola-vllm eval` in vLLM: what must be perfect is, and equal models measure equal."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from functools import partial
@@ -23,9 +21,7 @@ FLOAT32 = ["--engine-args", '{"dtype": "float32"}']
 
 
 @pytest.mark.slow
-def test_what_a_real_model_recalls_at_a_distance(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_real_model_recalls_at_a_distance(tmp_path, monkeypatch):
     in_this_process(monkeypatch)
     argv = ["eval", "recall", "--model", str(MODELS / "smollm2-lola"), "--out", str(tmp_path)]
     argv += ["--tasks", "niah-1", "--samples", "2", "--distances", "32,600", "--lengths", "900"]
@@ -56,7 +52,7 @@ def quick_starts() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory) -> Path:
     """A softmax model and a LoLA model with its weights, and texts."""
     place = tmp_path_factory.mktemp("eval")
     make_pair(place / "speaking", place / "base")
@@ -82,9 +78,7 @@ def evaluate(place: Path, out: Path, verb: str, *options: str) -> list[dict[str,
 
 
 @pytest.mark.slow
-def test_a_setting_has_a_process_and_its_refusal_reaches_the_user(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_setting_has_a_process_and_its_refusal_reaches_the_user(place, tmp_path, capsys):
     argv = ["eval", "recall", "--model", str(place / "lola"), "--tasks", "niah-1"]
     argv += ["--lengths", "512", "--samples", "1", "--out"]
     refused = [*argv, str(tmp_path / "refused")]
@@ -99,9 +93,7 @@ def test_a_setting_has_a_process_and_its_refusal_reaches_the_user(
 # --- in this process
 
 
-def test_equal_models_predict_equally_by_windows_and_along_a_stream(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_equal_models_predict_equally_by_windows_and_along_a_stream(place, tmp_path, monkeypatch):
     """The windows are read in vLLM's engine, the stream in transformers."""
     in_this_process(monkeypatch)
     texts = ["--texts", str(place / "docs.txt")]

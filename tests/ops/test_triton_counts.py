@@ -1,7 +1,5 @@
 """What Triton's host code launches and what would be compiled for it, counted without a GPU."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,7 +54,7 @@ class Launches:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+def launches(monkeypatch) -> Launches:
     """For a GPU of 132 processors."""
     from triton.runtime.jit import JITFunction
 

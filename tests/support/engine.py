@@ -12,6 +12,7 @@ from multiprocessing import context
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.platforms import current_platform
@@ -99,6 +100,12 @@ def engine(model: Any, **options: Any) -> Iterator[LLM]:
                 cleanup_dist_env_and_memory()
             gc.collect()
             gc.freeze()  # the next start does not look through what stays
+
+
+def assert_refused(model: Any, words: str, **options: Any) -> None:
+    """An engine with these options does not start; what it says matches."""
+    with pytest.raises(Exception, match=words), engine(model, **options):
+        pass
 
 
 def generate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,33 +36,10 @@ def layer(
     schedule = ShiftSchedule(64, 16, 1.0, 2) if config.context_shift else None
     Hs = 6 if kind == "shared sets" else None
     problem = make_problem(
-        T,
-        config,
-        Hkv=3,
-        group=4,
-        Hs=Hs,
-        F=6,
-        importance=kind in WEIGHTED,
-        dtype=dtype,
-        seed=seed,
+        T, config, Hkv=3, group=4, Hs=Hs, F=6, importance=kind in WEIGHTED, dtype=dtype, seed=seed,
         schedule=schedule,
-    )
-    alone = []
-    for i, own in enumerate(config.for_heads()):
-        queries, states = slice(4 * i, 4 * i + 4), (Hs or 3) // 3
-        alone.append(
-            replace(
-                problem,
-                q=problem.q[:, queries],
-                k=problem.k[:, i : i + 1],
-                v=problem.v[:, i : i + 1],
-                feature_map_q=problem.feature_map_q[queries],
-                feature_map_k=problem.feature_map_k[i * states : (i + 1) * states],
-                window_factors=problem.window_factors[queries],
-                importance=None if problem.importance is None else problem.importance[i : i + 1],
-                config=own,
-            )
-        )
+    )  # fmt: skip
+    alone = [problem.of_head(i, own) for i, own in enumerate(config.for_heads())]
     return problem, alone
 
 

@@ -132,6 +132,25 @@ class Problem:
             importance=other.importance,
         )
 
+    def of_head(self, head: int, config: LolaConfig | None = None) -> Problem:
+        """The same of one KV head alone, with its query and state heads."""
+        Hkv = self.k.shape[1]
+
+        def own(x: Tensor, dim: int = 0) -> Tensor:
+            return x.chunk(Hkv, dim)[head]
+
+        return replace(
+            self,
+            q=own(self.q, 1),
+            k=own(self.k, 1),
+            v=own(self.v, 1),
+            feature_map_q=own(self.feature_map_q),
+            feature_map_k=own(self.feature_map_k),
+            window_factors=own(self.window_factors),
+            importance=None if self.importance is None else own(self.importance),
+            config=config or self.config,
+        )
+
 
 def make_problem(
     T: int,

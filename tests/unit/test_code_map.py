@@ -54,7 +54,7 @@ def imports(file: Path) -> set[str]:
     return found
 
 
-def test_a_benchmark_imports_what_a_script_finds() -> None:
+def test_a_benchmark_imports_what_a_script_finds():
     for file in (ROOT / "benchmarks").glob("*.py"):
         assert not [name for name in imports(file) if name.split(".")[0] in ("tools", "tests")], (
             file

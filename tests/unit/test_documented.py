@@ -4,8 +4,6 @@ tests/support/documented.py says which.
 tests/serving/test_documented.py runs those that ask a server.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil
@@ -59,7 +57,7 @@ def test_commands_are_found_on_a_page(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory) -> Path:
     """`lola` and `base`, with one tokenizer, and `texts`."""
     out = tmp_path_factory.mktemp("documented")
     lola = make_speaking(out / "lola")
@@ -107,7 +105,7 @@ def run(command: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def trained(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(models, tmp_path_factory) -> Path:
     """The files of both stages, under the names that pages give them."""
     place = tmp_path_factory.mktemp("trained")
     furnish(place, models)

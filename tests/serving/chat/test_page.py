@@ -2,10 +2,8 @@
 
 import re
 
-import httpx
 import pytest
 
-from lola_vllm.serving.chat import ROUTE, page_files
 from lola_vllm.serving.inspector import ROUTE as INSPECTOR
 from tests.support.axe import findings
 from tests.support.browser import chromium
@@ -90,22 +88,6 @@ def loaded(browser):
 def reload(browser):
     browser.run("window.old = true; location.reload()")
     loaded(browser)
-
-
-def test_the_page_needs_no_key_and_loads_nothing_from_elsewhere(lola_server):
-    answer = httpx.get(f"{lola_server.url}/")
-    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/html")
-    policy = answer.headers["content-security-policy"]
-    assert "default-src 'none'" in policy and "connect-src 'self'" in policy
-    for linked in re.findall(r'(?:src|href)="(lola/[^"]+)"', answer.text):
-        assert httpx.get(f"{lola_server.url}/{linked}").status_code == 200, linked
-    for name in set(page_files()) - {""}:
-        file = httpx.get(f"{lola_server.url}{ROUTE}/{name}")
-        assert file.status_code == 200 and file.text
-        # But for the name of SVG's elements, no address, and no text is ever read as HTML.
-        text = file.text.replace("http://www.w3.org/2000/svg", "")
-        assert not re.search(r"@import|url\(|https?://|innerHTML|insertAdjacentHTML", text), name
-    assert httpx.get(f"{lola_server.url}{ROUTE}/none.js").status_code == 404
 
 
 def test_two_turns_and_what_is_held_of_them(browser, lola_server):

@@ -6,6 +6,7 @@ import re
 import httpx
 import pytest
 
+from lola_vllm.serving import chat
 from lola_vllm.serving.inspector import ROUTE, page_files
 from tests.support.browser import chromium
 from tests.support.inspector import Page
@@ -84,46 +85,28 @@ def span_of(memory, text):
     return first, last
 
 
-# --- the page and its key
-
-
-def test_the_page_and_its_files_need_no_key_and_nothing_from_elsewhere(address):
-    answer = httpx.get(address)
+@pytest.mark.parametrize(
+    ("route", "files"), [(ROUTE, page_files()), ("/", chat.page_files())], ids=["inspector", "chat"]
+)
+def test_a_page_and_its_files_need_no_key_and_nothing_from_elsewhere(lola_server, route, files):
+    url = httpx.URL(lola_server.url).join(route)
+    answer = httpx.get(url)
     assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/html")
-    assert "connect-src 'self'" in answer.headers["content-security-policy"]
-    names = set(page_files()) - {""}
-    assert {"main.js", "style.css", "example.js"} <= names
-    for name in names:
-        file = httpx.get(f"{address}/{name}")
-        assert file.status_code == 200 and file.text
-        assert not re.search(r"(?:src|href)=|@import|url\(|https?://", file.text), name
-        assert len(file.text.splitlines()) < 500
-    linked = re.findall(r'(?:src|href)="([^"]+)"', answer.text)
-    assert sorted(linked) == [
-        "../", "../docs", "data:,",
-        "inspector/base.css", "inspector/main.js", "inspector/style.css",
-    ]  # fmt: skip
-    for name in ("../", "../docs"):
-        assert "text/html" in httpx.get(httpx.URL(address).join(name)).headers["content-type"]
-    assert httpx.get(f"{address}/nothing.js").status_code == 404
-    assert httpx.get(f"{address}/..%2f__init__.py").status_code == 404
-
-
-def test_a_wrong_key_is_told_from_no_key(browser, address):
-    page = Page(browser)
-    page.open(address)
-    browser.wait(lambda: "wants an API key" in browser.text("#status"))
-    assert browser.run("return document.activeElement.id") == "key"
-    browser.type("#key", "wrong")
-    browser.keys("\ue004")
-    browser.wait(lambda: "does not know this API key" in browser.text("#status"))
-    browser.type("#key", KEY)
-    browser.keys("\ue004")
-    browser.wait(lambda: browser.text("#status") == "")
-    page.prompt("A few words.")
-    page.show(timeline=False)
-    assert KEY not in browser.run("return document.documentElement.outerHTML")
-    assert KEY not in browser.run("return JSON.stringify([{...localStorage}, {...sessionStorage}])")
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "connect-src 'self'" in policy
+    links = set(re.findall(r'(?:src|href)="([^"]+)"', answer.text)) - {"data:,"}
+    assert {"main.js", "style.css"} <= {link.rpartition("/")[2] for link in links}
+    for link in links:
+        assert "//" not in link and httpx.get(url.join(link)).status_code == 200, link
+    folder = f"{lola_server.url}{ROUTE if route == ROUTE else chat.ROUTE}"
+    for name in set(files) - {""}:
+        file = httpx.get(f"{folder}/{name}")
+        assert file.status_code == 200 and 0 < len(file.text.splitlines()) < 500
+        # But for the name of SVG's elements, no address, and no text is ever read as HTML.
+        text = file.text.replace("http://www.w3.org/2000/svg", "")
+        assert not re.search(r"@import|url\(|https?://|innerHTML|insertAdjacentHTML", text), name
+    for name in ("nothing.js", "..%2f__init__.py"):
+        assert httpx.get(f"{folder}/{name}").status_code == 404
 
 
 # --- the map
@@ -133,6 +116,11 @@ def test_the_text_is_shown_as_text(shown, memory):
     tokens = shown.tokens("textContent")
     assert tokens == memory["texts"] and "".join(tokens) == PROMPT
     assert shown.browser.run("return document.querySelector('.text b')") is None
+    for kept in (
+        "document.documentElement.outerHTML",
+        "JSON.stringify([{...localStorage}, {...sessionStorage}])",
+    ):
+        assert KEY not in shown.browser.run(f"return {kept}")
 
 
 @pytest.mark.parametrize(("layer", "head"), [(None, None), (29, 2)])

@@ -1,7 +1,5 @@
 """Fields of a dataclass as options: what is given counts, and the default for what is not."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +38,7 @@ def parse(argv: str) -> argparse.Namespace:
     return parser.parse_args(argv.split())
 
 
-def test_fields_become_options() -> None:
+def test_fields_become_options():
     args = parse("--needed a")
     assert args.words == "x,y"
     assert from_options(Options, args, words=["x", "y"]) == Options("a")
@@ -98,7 +96,7 @@ def made_by(monkeypatch: pytest.MonkeyPatch, command: str, target: str, at: int)
         ),
     ],
 )
-def test_distill(monkeypatch: pytest.MonkeyPatch, given: str, options: DistillOptions) -> None:
+def test_distill(monkeypatch, given, options):
     command = f"distill --base b --data d --out o {given}"
     assert made_by(monkeypatch, command, "lola_vllm.training.distill.run.distill", 3) == options
 
@@ -128,7 +126,7 @@ def test_distill(monkeypatch: pytest.MonkeyPatch, given: str, options: DistillOp
         ),
     ],
 )
-def test_eval(monkeypatch: pytest.MonkeyPatch, given: str, plan: Any) -> None:
+def test_eval(monkeypatch, given, plan):
     command = f"eval {given} --model m"
     assert made_by(monkeypatch, command, "lola_vllm.evaluation.command._evaluate", 1) == plan
     args = made_by(monkeypatch, command, "lola_vllm.evaluation.command._evaluate", 0)

@@ -21,51 +21,78 @@ def test_the_interval_follows_the_window_unless_it_is_given():
     assert LolaConfig(window_size=9, update_interval=1).update_interval == 1
 
 
+SHARED, APART = {"sparse_sharing": "kv_head"}, {"sparse_sharing": "none"}
+RECENT = {"sparse_cache_size": 8, "recent_size": [1, [2], 3]}
+
+
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "check", "message"),
     [
-        ({"windowsize": 3}, "lola_config.windowsize: unknown key; nearest valid name: 'window_siz"),
-        ({"window_size": 0}, "lola_config.window_size = 0: must be greater than or equal to 1"),
-        ({"window_size": "64"}, "lola_config.window_size = '64': must be a valid integer"),
+        ({"windowsize": 3}, (), "lola_config.windowsize: unknown key; nearest valid name: 'window"),
+        ({"window_size": 0}, (), "lola_config.window_size = 0: must be greater than or equal to 1"),
+        ({"window_size": "64"}, (), "lola_config.window_size = '64': must be a valid integer"),
         (
             {"sparse_cache_size": [3, -1]},
+            (),
             r"sparse_cache_size = \[3, -1\]: must be an integer of at least 0, or a list",
         ),
-        ({"sparse_cache_size": [3, True]}, "lola_config.sparse_cache_size = "),
-        ({"sparse_cache_size": [[1, -1]]}, "lola_config.sparse_cache_size = "),
-        ({"update_interval": 0}, "lola_config.update_interval = 0"),
-        ({"context_shift": 2.0}, "lola_config.context_shift = 2.0: must be a valid integer"),
-        ({"mixing": "half"}, "lola_config.mixing = 'half': must be 'lola' or 'lolcats'"),
-        ({"sparse_dtype": "int4"}, "lola_config.sparse_dtype = 'int4': must be 'model' or 'int8'"),
+        ({"sparse_cache_size": [3, True]}, (), "lola_config.sparse_cache_size = "),
+        ({"sparse_cache_size": [[1, -1]]}, (), "lola_config.sparse_cache_size = "),
+        ({"update_interval": 0}, (), "lola_config.update_interval = 0"),
+        ({"context_shift": 2.0}, (), "lola_config.context_shift = 2.0: must be a valid integer"),
+        ({"mixing": "half"}, (), "lola_config.mixing = 'half': must be 'lola' or 'lolcats'"),
+        ({"sparse_dtype": "int4"}, (), "sparse_dtype = 'int4': must be 'model' or 'int8'"),
+        ({"sparse_cache_size": [5, 0, 40]}, ("layers", 4, 1), "3 numbers for 4 layers; give one"),
+        ({"recent_size": [1, 2]}, ("layers", 3, 2), "recent_size: 2 numbers for 3 layers"),
+        (RECENT, ("layers", 3, 2), "recent_size, layer 1: 1 numbers for 2 KV heads"),
+        ({"context_shift": 3}, ("context_shift", 8), "= 3: must divide max_position_embeddings"),
+        ({"context_shift": 8}, ("context_shift", 8), "= 8: must .* and be less; use 2, or 0"),
+        ({"context_shift": 16}, ("context_shift", 8), "context_shift = 16"),
+        ({"context_shift": 2}, ("context_shift", 7), "use 1, or 0 for contexts that end at 7 tok"),
+        (
+            {"context_shift": 2, "sink_size": 7},
+            ("context_shift", 8),
+            "sink_size = 7: .* use at most 6 sinks, or",
+        ),
+        ({}, ("heads", 9, 3, 1), "feature_map_k has 1 heads"),
+        ({}, ("heads", 9, 3, 6), "feature_map_k has 6 heads"),
+        (SHARED, ("ranks", 16, 8, 32), "'kv_head'.*16 tensor-parallel.*'none'"),
+        (SHARED, ("ranks", 16, 8, 16), "'kv_head'.*16 tensor-parallel.*'none'"),
     ],
 )
-def test_bad_values_are_named(fields, message):
+def test_what_does_not_suit_is_named(fields, check, message):
     with pytest.raises(LolaConfigError, match=message) as error:
-        LolaConfig(**fields)
+        config = LolaConfig(**fields)
+        getattr(config, f"check_{check[0]}")(*check[1:])
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "check", "numbers"),
+    [
+        ({"sparse_cache_size": [5, 0, 40]}, "layers", (3, 1)),
+        ({"context_shift": 2, "sink_size": 6}, "context_shift", (8,)),
+        ({"context_shift": 0, "sink_size": 7}, "context_shift", (8,)),
+        ({"context_shift": default_context_shift(8)}, "context_shift", (8,)),
+        ({"context_shift": default_context_shift(7)}, "context_shift", (7,)),
+        ({}, "heads", (9, 3, 9)),
+        ({}, "heads", (9, 3, 3)),
+        (SHARED, "ranks", (4, 8, 32)),
+        (SHARED, "ranks", (8, 8, 32)),
+        (SHARED, "ranks", (16, 8, 8)),  # a state head per KV head: nothing is shared
+        (APART, "ranks", (16, 8, 32)),
+    ],
+)
+def test_what_suits_is_taken(fields, check, numbers):
+    getattr(LolaConfig(**fields), f"check_{check}")(*numbers)
 
 
 def test_a_sparse_cache_may_have_a_size_per_layer():
     config = LolaConfig(sparse_cache_size=[5, 0, 40])
     assert [config.for_layer(i).sparse_pairs for i in range(3)] == [5, 0, 40]
     assert LolaConfig(sparse_cache_size=7).for_layer(2).sparse_pairs == 7
-    config.check_layers(3, 1)
-    with pytest.raises(LolaConfigError, match="3 numbers for 4 layers; give one per layer"):
-        config.check_layers(4, 1)
     with pytest.raises(LolaConfigError, match="use for_layer"):
         config.sparse_pairs  # noqa: B018
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"recent_size": [1, 2]}, "recent_size: 2 numbers for 3 layers"),
-        ({"recent_size": [1, [2], 3]}, "recent_size, layer 1: 1 numbers for 2 KV heads"),
-    ],
-)
-def test_recent_pairs_have_a_number_for_each_layer_or_head(fields, message):
-    with pytest.raises(LolaConfigError, match=message):
-        LolaConfig(**{"sparse_cache_size": 8, **fields}).check_layers(3, 2)
 
 
 def test_a_layer_has_recent_pairs_of_its_own():
@@ -80,23 +107,6 @@ def test_a_layer_has_recent_pairs_of_its_own():
     assert LolaConfig(sparse_cache_size=4, recent_size=[9, 1]).for_layer(0).recent_pairs == 4
     alike = LolaConfig(sparse_cache_size=[8, [9, 9]], recent_size=[2, [3, 3]])
     assert [alike.for_layer(i).recent_pairs for i in range(2)] == [2, 3]
-
-
-@pytest.mark.parametrize(
-    ("fields", "length", "message"),
-    [
-        ({"context_shift": 3}, 8, "context_shift = 3: must divide max_position_embeddings = 8"),
-        ({"context_shift": 8}, 8, "context_shift = 8: must .* and be less; use 2, or 0"),
-        ({"context_shift": 16}, 8, "context_shift = 16"),
-        ({"context_shift": 2}, 7, "use 1, or 0 for contexts that end at 7 tokens"),
-        ({"context_shift": 2, "sink_size": 7}, 8, "sink_size = 7: .* use at most 6 sinks, or"),
-    ],
-)
-def test_context_shifts_suit_the_trained_length(fields, length, message):
-    with pytest.raises(LolaConfigError, match=message):
-        LolaConfig(**fields).check_context_shift(length)
-    LolaConfig(**{**fields, "context_shift": 0}).check_context_shift(length)
-    LolaConfig(context_shift=default_context_shift(length)).check_context_shift(length)
 
 
 def test_contexts_without_end_have_a_default_length():
@@ -149,32 +159,3 @@ def test_assignment_merges_and_is_checked():
     with pytest.raises(LolaConfigError, match="window_size = 0"):
         config.lola_config = {"window_size": 0}
     assert config.lola == LolaConfig(sink_size=4, window_size=16)
-
-
-@pytest.mark.parametrize(("heads", "ok"), [(9, True), (3, True), (1, False), (6, False)])
-def test_state_heads_lie_between_kv_and_query_heads(heads, ok):
-    if ok:
-        LolaConfig().check_heads(9, 3, heads)
-    else:
-        with pytest.raises(LolaConfigError, match=f"feature_map_k has {heads} heads"):
-            LolaConfig().check_heads(9, 3, heads)
-
-
-@pytest.mark.parametrize(
-    ("ranks", "state_heads", "sharing", "ok"),
-    [
-        (4, 32, "kv_head", True),
-        (8, 32, "kv_head", True),
-        (16, 32, "kv_head", False),
-        (16, 16, "kv_head", False),
-        (16, 8, "kv_head", True),  # a state head per KV head: nothing is shared
-        (16, 32, "none", True),
-    ],
-)
-def test_ranks_do_not_part_the_heads_that_share_a_sparse_set(ranks, state_heads, sharing, ok):
-    config = LolaConfig(sparse_sharing=sharing)
-    if ok:
-        config.check_ranks(ranks, 8, state_heads)
-    else:
-        with pytest.raises(LolaConfigError, match=rf"'kv_head'.*{ranks} tensor-parallel.*'none'"):
-            config.check_ranks(ranks, 8, state_heads)

@@ -1,7 +1,5 @@
 """`lola-vllm estimate`: numbers of the page layout, by hand for Llama-3.1-8B, and bad configs."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -50,15 +48,7 @@ def write_lola(path: Path, heads: int, F: int, importance: bool = False, **lola:
         (8, "none", (8 * 512 * 2 * 256, 8 * 128 * 128 * 4, 8 * 512 * 4), 96.625, 773, 89),
     ],
 )
-def test_llama_8b_by_hand(
-    tmp_path: Path,
-    heads: int,
-    sharing: str,
-    parts: tuple[int, int, int],
-    total: float,
-    break_even: int,
-    published: int,
-) -> None:
+def test_llama_8b_by_hand(tmp_path, heads, sharing, parts, total, break_even, published):
     """eta 64, lam 512, F 64: K and V rows of 128 x 2 bytes, H of 128 x 128 x 4 bytes a head."""
     model = write_lola(tmp_path, heads, 64, sparse_cache_size=512, sparse_sharing=sharing)
     result = estimate(model)
@@ -82,7 +72,7 @@ def test_llama_8b_by_hand(
     assert result.sequence.break_even_tokens() == break_even
 
 
-def test_windows_of_sliding_layers_are_in_both_caches(tmp_path: Path) -> None:
+def test_windows_of_sliding_layers_are_in_both_caches(tmp_path):
     """Gemma 3 270M: 15 layers of windows of 512 tokens, and 3 that grow by 1 KiB a token each."""
     config = write(
         tmp_path,
@@ -101,7 +91,7 @@ def test_windows_of_sliding_layers_are_in_both_caches(tmp_path: Path) -> None:
     assert parts["window"] == windows + 3 * 128 * 1024
 
 
-def test_state_heads_come_from_the_tensors_of_a_lola_model(tmp_path: Path) -> None:
+def test_state_heads_come_from_the_tensors_of_a_lola_model(tmp_path):
     write_lola(tmp_path, 16, 64)
     for path in (tmp_path, tmp_path / "config.json"):
         layout = estimate(path).sequence.page
@@ -110,7 +100,7 @@ def test_state_heads_come_from_the_tensors_of_a_lola_model(tmp_path: Path) -> No
     assert estimate(write_lola(tmp_path, 16, 64, True)).sequence.page.has_score_weights
 
 
-def test_a_base_is_shown_as_init_would_make_it(tmp_path: Path) -> None:
+def test_a_base_is_shown_as_init_would_make_it(tmp_path):
     result = estimate(write(tmp_path))
     assert result.sequence.page.num_state_heads == 8
     assert result.config.facts.feature_dim == 128  # the head size
@@ -120,7 +110,7 @@ def test_a_base_is_shown_as_init_would_make_it(tmp_path: Path) -> None:
     assert result.bytes_per_sequence / MIB == by_hand
 
 
-def test_stock_sequences_in_the_same_memory(tmp_path: Path) -> None:
+def test_stock_sequences_in_the_same_memory(tmp_path):
     """24 GiB hold 12,288 blocks of 16 tokens, one of them vLLM's null block."""
     result = estimate(write(tmp_path), {"sparse_cache_size": 512})
     fits = {4096: 47, 8192: 23, 32768: 5, 100_000: 1, 131072: 1}
@@ -133,9 +123,6 @@ def test_stock_sequences_in_the_same_memory(tmp_path: Path) -> None:
     assert table["total"] == "113.25" and table["break-even, tokens"] == "906"
     assert table["sequences in 24 GiB"] == "216" and table["of stock vLLM at 4K"] == "47"
     assert "sequences in" not in format_table(result)
-
-
-# ---- refusals
 
 
 @pytest.mark.parametrize(
@@ -152,29 +139,22 @@ def test_stock_sequences_in_the_same_memory(tmp_path: Path) -> None:
         ({"lola_config": 3}, "lola_config = 3"),
     ],
 )
-def test_bad_configs(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+def test_bad_configs(tmp_path, changes, message):
     path = write(tmp_path, **changes)
     with pytest.raises((CheckpointError, LolaConfigError), match=rf"(?s){message}"):
         estimate(path)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("state_heads", "sharing", "options", "message"),
     [
-        ({"tensor_parallel_size": 3}, "tensor_parallel_size = 3.*use a divisor of 8"),
-        ({"overrides": {"window_size": 0}}, "window_size = 0"),
+        (16, "none", {"tensor_parallel_size": 3}, "tensor_parallel_size = 3.*use a divisor of 8"),
+        (16, "none", {"overrides": {"window_size": 0}}, "window_size = 0"),
+        (32, "kv_head", {"tensor_parallel_size": 16}, "'kv_head': .*16 tensor-parallel ranks"),
+        (16, "none", {"tensor_parallel_size": 32}, "32 query, 8 KV and 16 state heads"),
     ],
 )
-def test_bad_options(tmp_path: Path, options: dict[str, object], message: str) -> None:
+def test_bad_options(tmp_path, state_heads, sharing, options, message):
+    model = write_lola(tmp_path, state_heads, 64, sparse_sharing=sharing)
     with pytest.raises((CheckpointError, LolaConfigError), match=message):
-        estimate(write(tmp_path), **options)  # type: ignore[arg-type]
-
-
-def test_state_heads_that_ranks_cannot_share(tmp_path: Path) -> None:
-    with pytest.raises(LolaConfigError, match=r"'kv_head': .*16 tensor-parallel ranks"):
-        estimate(write_lola(tmp_path, 32, 64, sparse_sharing="kv_head"), tensor_parallel_size=16)
-    with pytest.raises(CheckpointError, match="32 query, 8 KV and 16 state heads"):
-        estimate(write_lola(tmp_path, 16, 64), tensor_parallel_size=32)
-
-
-# ---- the command
+        estimate(model, **options)

@@ -1,7 +1,5 @@
 """Models that several tests of evaluations read: tiny ones, and configurations alone."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import random
@@ -25,7 +23,7 @@ LOLA = {**LLAMA, "model_type": "lola_llama", "lola_config": {"window_size": 16}}
 
 
 @pytest.fixture
-def models(tmp_path: Path) -> Path:
+def models(tmp_path) -> Path:
     """A directory of models without weights: llama, lola and gpt."""
     for name, config in {"llama": LLAMA, "lola": LOLA, "gpt": {"model_type": "gpt2"}}.items():
         (tmp_path / name).mkdir()
@@ -34,13 +32,13 @@ def models(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def lola(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def lola(tmp_path_factory) -> Path:
     """A tiny LoLA model with a tokenizer and a chat template."""
     return make_speaking(tmp_path_factory.mktemp("evaluation") / "lola")
 
 
 @pytest.fixture(scope="session")
-def llama(lola: Path) -> Path:
+def llama(lola) -> Path:
     """The same weights with softmax attention, and positions for 400 tokens."""
     out = lola.parent / "llama"
     out.mkdir()

@@ -1,7 +1,5 @@
 """A model without a part: what its answers are made of, and which parts there are."""
 
-from __future__ import annotations
-
 import dataclasses
 from types import SimpleNamespace
 
@@ -35,7 +33,7 @@ def without(problem: Problem, parts: str) -> Problem:
 
 
 @pytest.mark.parametrize("ops", [portable, cpp], ids=["torch", "cpp"])
-def test_without_the_hidden_state_answers_are_of_the_exact_pairs(ops: object) -> None:
+def test_without_the_hidden_state_answers_are_of_the_exact_pairs(ops):
     """The last query sees sinks, sparse cache, window and itself, by softmax attention."""
     if ops is cpp and not cpp.load():
         pytest.skip("the C++ ops are not built")
@@ -57,7 +55,7 @@ def test_without_the_hidden_state_answers_are_of_the_exact_pairs(ops: object) ->
     assert not torch.allclose(outs[0], outs[1], atol=1e-2)
 
 
-def test_without_importance_the_error_alone_chooses() -> None:
+def test_without_importance_the_error_alone_chooses():
     weighted = make_problem(T, CONFIG, dtype=torch.float32, importance=True)
     alone = dataclasses.replace(weighted, importance=None)
     found = []
@@ -70,7 +68,7 @@ def test_without_importance_the_error_alone_chooses() -> None:
     assert (both.window_factors > 50).all() and not both.importance.any()  # type: ignore[union-attr]
 
 
-def test_parts_that_cannot_be_left_out() -> None:
+def test_parts_that_cannot_be_left_out():
     with pytest.raises(EvalError, match="'window' is no part; leave out hidden-state, importance"):
         leave_out(nn.Module(), "hidden-state,window")
     lolcats = make_problem(T, CONFIG.model_copy(update={"mixing": "lolcats"}), dtype=torch.float32)

@@ -1,7 +1,5 @@
 """Conversations: where something is said, what is asked, and that nothing of it is trained on."""
 
-from __future__ import annotations
-
 import random
 import re
 from collections import Counter
@@ -11,13 +9,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from lola_vllm.evaluation import EvalError, facts
+from lola_vllm.evaluation import EvalError, facts, tasks
 from lola_vllm.evaluation.chats import ASKS, PAUSE_TOKENS, Chat, ChatPlan
 from lola_vllm.evaluation.facts import CHAT_FORMS
 from lola_vllm.evaluation.held_out import read_held_out
 from lola_vllm.evaluation.models import Answers, Prediction, Stop
 from lola_vllm.evaluation.recall import recall_cells
-from lola_vllm.training.distill import retrieval, retrieval_facts
+from lola_vllm.training.distill import retrieval, retrieval_facts, retrieval_words
 from lola_vllm.training.distill.retrieval import retrieval_row
 from lola_vllm.training.texts import SEPARATOR, is_held_out
 from tests.support.evaluations import Words, record_of, rows_of
@@ -53,7 +51,7 @@ class Talking(Words):
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def texts(tmp_path_factory) -> Path:
     rng = random.Random(5)
     words = ["tree", "house.", "road,", "sees", "a\n\nline", "of", "stones"]
     documents = [" ".join(rng.choices(words, k=600)) for _ in range(300)]
@@ -67,7 +65,7 @@ def documents_of(texts: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("index", range(4))
-def test_what_is_said_lies_at_its_distance_and_is_asked_once(texts: Path, index: int) -> None:
+def test_what_is_said_lies_at_its_distance_and_is_asked_once(texts, index):
     plan = ChatPlan(TASKS, [3000], DISTANCES, str(texts))
     model = Talking()
     chat = plan.chat(model, documents_of(texts), 3000, index)
@@ -91,7 +89,7 @@ def test_what_is_said_lies_at_its_distance_and_is_asked_once(texts: Path, index:
     assert len({asked.fact.question for asked in chat.asked}) == len(chat.asked)
 
 
-def test_the_rest_is_documentation_that_the_user_asks_to_go_on(texts: Path) -> None:
+def test_the_rest_is_documentation_that_the_user_asks_to_go_on(texts):
     model, held = Talking(), documents_of(texts)
     chat = ChatPlan(TASKS, [3000], DISTANCES, str(texts)).chat(model, held, 3000, 0)
     turns = model.decode(chat.ids).split(f"{END}\n")[1:]
@@ -107,7 +105,7 @@ def test_the_rest_is_documentation_that_the_user_asks_to_go_on(texts: Path) -> N
     assert all(is_held_out(document) for document in held)
 
 
-def test_seed_and_index_decide_and_tasks_ask_last_in_turn(texts: Path) -> None:
+def test_seed_and_index_decide_and_tasks_ask_last_in_turn(texts):
     held = documents_of(texts)
 
     def chat(index: int, seed: int = 0) -> Chat:
@@ -119,7 +117,7 @@ def test_seed_and_index_decide_and_tasks_ask_last_in_turn(texts: Path) -> None:
     assert Counter(chat(index).asked[-1].task for index in range(8)) == dict.fromkeys(TASKS, 2)
 
 
-def test_answers_count_by_distance_and_what_is_done_is_not_read_again(texts: Path) -> None:
+def test_answers_count_by_distance_and_what_is_done_is_not_read_again(texts):
     plan = ChatPlan(["chat-name", "chat-code"], [1200, 2500], DISTANCES, str(texts), samples=3)
     rows = rows_of(plan, Talking(reach=600))
     cells = {key: cell["exact"] for key, cell in recall_cells(rows).items()}
@@ -138,7 +136,7 @@ def test_answers_count_by_distance_and_what_is_done_is_not_read_again(texts: Pat
     assert again.read == 1
 
 
-def test_too_little_text(texts: Path) -> None:
+def test_too_little_text(texts):
     with pytest.raises(EvalError, match="--lengths: the held-out documentation"):
         rows_of(ChatPlan(TASKS, [900_000], [250], str(texts), samples=1), Talking())
 
@@ -152,8 +150,7 @@ def runs(text: str, size: int = 4) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
 
 
-def test_no_sentence_names_a_label_of_training() -> None:
-    """`test_held_out_words.py` compares the words of names and values."""
+def test_no_sentence_names_a_label_of_training():
     for words in facts.VALUES.values():
         assert len(words) == len(set(words)) >= 5
     labels = {label for labels in retrieval_facts.LABELS.values() for label in labels}
@@ -165,7 +162,7 @@ def test_no_sentence_names_a_label_of_training() -> None:
             assert not [label for label in labels if re.search(rf"\b{label.lower()}\b", said)]
 
 
-def test_no_wording_is_one_of_training_and_calibration(texts: Path, tmp_path: Path) -> None:
+def test_no_wording_is_one_of_training_and_calibration(texts, tmp_path):
     """Both draw `retrieval_row`."""
     tokenizer = AutoTokenizer.from_pretrained(make_speaking(tmp_path / "model"))
     rng = random.Random(2)
@@ -188,3 +185,16 @@ def test_no_wording_is_one_of_training_and_calibration(texts: Path, tmp_path: Pa
                 fact = form.draw(rng)
                 parts = (fact.sentence, fact.question, fact.begun)
                 assert not set().union(*map(runs, parts)) & known
+
+
+def test_no_key_name_or_value_is_a_word_of_training():
+    """As they are listed, and as keys are drawn: `retrieval_words.py` has others."""
+    lists = (retrieval_words.ADJECTIVES, retrieval_words.NOUNS, retrieval_words.FIRST_NAMES)
+    trained = {word.lower() for words in (*lists, retrieval_words.LAST_NAMES) for word in words}
+    asked = [tasks.ADJECTIVES, tasks.NOUNS, *facts.VALUES.values()]
+    words = {word.lower() for each in asked for word in each}
+    assert len(words) > 300 and not words & trained
+    rng = random.Random(3)
+    keys = {tasks.draw_key(rng) for _ in range(2000)}
+    assert len(keys) > 1500
+    assert not {part for key in keys for part in re.findall("[a-z]+", key)} & trained

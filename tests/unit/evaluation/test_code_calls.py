@@ -1,10 +1,7 @@
 """Calls by the names of parameters in held-out code, and what `eval recall` needs for them."""
 
-from __future__ import annotations
-
 import ast
 import re
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,7 +41,7 @@ def code() -> Code:
     return Code([DOCUMENT, "x = (1"])
 
 
-def test_definitions_are_those_that_a_call_by_name_can_be_asked_of() -> None:
+def test_definitions_are_those_that_a_call_by_name_can_be_asked_of():
     text = """
 import os
 
@@ -71,7 +68,7 @@ class Form:
     assert definitions(long) == []
 
 
-def test_a_question_calls_a_function_of_the_text_whose_name_stands_there_once(code: Code) -> None:
+def test_a_question_calls_a_function_of_the_text_whose_name_stands_there_once(code):
     names = set()
     for prompt in build_prompts(TASK, 1500, 12, 0, Words(), code):
         question = prompt.question
@@ -90,7 +87,7 @@ def test_a_question_calls_a_function_of_the_text_whose_name_stands_there_once(co
     assert len(names) == 12
 
 
-def test_a_definition_stands_as_deep_in_the_code_as_what_follows_it(code: Code) -> None:
+def test_a_definition_stands_as_deep_in_the_code_as_what_follows_it(code):
     depths = set()
     for prompt in build_prompts(TASK, 1500, 20, 1, Words(), code):
         (needle,) = prompt.question.needed
@@ -101,14 +98,14 @@ def test_a_definition_stands_as_deep_in_the_code_as_what_follows_it(code: Code) 
     assert len(depths) > 1
 
 
-def test_prompts_fill_their_length_and_distances_are_met(code: Code) -> None:
+def test_prompts_fill_their_length_and_distances_are_met(code):
     for prompt in build_prompts(TASK, 2048, 6, 0, Words(), code):
         assert 2048 - TASK.answer_room - 200 < len(prompt.ids) <= 2048 - TASK.answer_room
     for prompt in build_prompts(TASK, 2048, 6, 0, Words(), text=code, distance=1000):
         assert abs(prompt.distance - 1000) < 120
 
 
-def test_code_is_cut_into_pieces_between_empty_lines() -> None:
+def test_code_is_cut_into_pieces_between_empty_lines():
     text = "a = 1\nb = 2\n  \n\n" + "\n".join(f"line{i}" for i in range(PIECE_LINES + 1)) + "\n"
     first, second, third = Code.split(Code.__new__(Code), text)
     assert first == "a = 1\nb = 2"
@@ -117,9 +114,7 @@ def test_code_is_cut_into_pieces_between_empty_lines() -> None:
         Code(["x = 1"])
 
 
-def test_a_plan_takes_the_code_of_its_texts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_plan_takes_the_code_of_its_texts(tmp_path, monkeypatch):
     monkeypatch.setattr("lola_vllm.evaluation.held_out.is_held_out", lambda text: True)
     (tmp_path / "novel.txt").write_text("It was late. The house slept.", encoding="utf-8")
     asked: list[list[int]] = []

@@ -1,7 +1,5 @@
 """A call of `lola-vllm eval`: its files, how it is resumed, and the process of a setting."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import subprocess
@@ -24,7 +22,7 @@ Run = Callable[..., int]
 
 
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Finding]]:
+def ran(monkeypatch) -> list[tuple[str, Finding]]:
     """The settings that are asked, and the models that answer: the last one is of the next."""
     found: list[tuple[str, Finding]] = [("", Finding())]
 
@@ -40,7 +38,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Finding]]:
 
 
 @pytest.fixture
-def recall(models: Path, ran: object) -> Run:
+def recall(models, ran) -> Run:
     """The command, of 6 questions of each of two lengths."""
 
     def run(*options: str) -> int:
@@ -55,9 +53,7 @@ def read(models: Path) -> Any:
     return json.loads((models / "out" / "recall.json").read_text())
 
 
-def test_files_of_a_comparison(
-    models: Path, recall: Run, ran: list[Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_of_a_comparison(models, recall, ran, capsys):
     small = ["--lola-config", 'small={"sparse_cache_size": 8}']
     assert recall("--reference", str(models / "llama"), *small) == 0
     said = capsys.readouterr()
@@ -84,9 +80,7 @@ def test_files_of_a_comparison(
     assert [name for name, _ in ran[:-1]] == ["reference", "small", "as it is"]
 
 
-def test_an_interrupted_run_goes_on(
-    models: Path, recall: Run, ran: list[Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_interrupted_run_goes_on(models, recall, ran, capsys):
     ran[-1] = ("", Finding(left=6))
     assert recall() == 2 and "out of order" in capsys.readouterr().err
     (stopped,) = read(models)["settings"]
@@ -97,9 +91,7 @@ def test_an_interrupted_run_goes_on(
     assert [model.asked for _, model in ran[:-1]] == [6, 6] and whole["finished"] is True
 
 
-def test_other_results_are_not_gone_on_with(
-    models: Path, recall: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_results_are_not_gone_on_with(models, recall, capsys):
     assert recall() == 0
     (models / "lola" / "tokenizer.json").write_text("another one")
     for options, message in (
@@ -115,7 +107,7 @@ def test_other_results_are_not_gone_on_with(
 # --- the process of a setting
 
 
-def test_a_childs_error_is_the_callers(models: Path) -> None:
+def test_a_childs_error_is_the_callers(models):
     plan, setting = RecallPlan(["niah-1"], [512], 1), Setting("row", models / "lola")
     message = "setting 'row': --engine-args: max_model_len is set by the evaluation"
     with pytest.raises(EvalError, match=message):
@@ -123,9 +115,7 @@ def test_a_childs_error_is_the_callers(models: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's dtype is left to vLLM")
-def test_on_a_cpu_the_dtype_is_the_fast_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_cpu_the_dtype_is_the_fast_one(tmp_path, monkeypatch):
     """Base and LoLA model alike; quantized weights are left to vLLM."""
     config = tmp_path / "config.json"
     config.write_text('{"dtype": "bfloat16"}')
@@ -135,7 +125,7 @@ def test_on_a_cpu_the_dtype_is_the_fast_one(
     assert engine.dtype_of(Setting("a", tmp_path), {}) == "auto"
 
 
-def test_a_child_does_not_outlive_its_parent() -> None:
+def test_a_child_does_not_outlive_its_parent():
     """A killed parent cannot stop it, and a long prompt keeps it busy for minutes."""
     work = "import time; from lola_vllm.evaluation import engine as e; "
     work += "e.answers = lambda *job: (time.sleep(300 * i) or {} for i in (0, 1)); e.main()"

@@ -1,7 +1,5 @@
 """Passages that are begun again: which ones, from which state, and what shares are made of."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections import Counter
@@ -47,7 +45,7 @@ class Knowing(Letters):
 
 
 @pytest.fixture
-def texts(tmp_path: Path) -> Path:
+def texts(tmp_path) -> Path:
     rng = random.Random(5)
     for name in ("jane_austen", "web_bible", "mine"):
         documents = [
@@ -61,7 +59,7 @@ def texts(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_passages_lie_at_their_distance_and_no_token_is_asked_twice(texts: Path) -> None:
+def test_passages_lie_at_their_distance_and_no_token_is_asked_twice(texts):
     plan = CopyPlan(str(texts), ["prose"], [1500], [250, 500, 1000], samples=4)
     model = Knowing(10**6)
     rows = rows_of(plan, model)
@@ -89,13 +87,13 @@ def test_passages_lie_at_their_distance_and_no_token_is_asked_twice(texts: Path)
                 assert 1 <= len(near) <= 4
 
 
-def test_seeds_ask_other_passages_and_models_the_same(texts: Path) -> None:
+def test_seeds_ask_other_passages_and_models_the_same(texts):
     plans = [CopyPlan(str(texts), ["prose"], [1500], [250], 1, seed) for seed in (0, 0, 1)]
     found = [rows_of(plan, Knowing(n * 1000))[0] for n, plan in enumerate(plans)]
     assert found[0]["checksum"] == found[1]["checksum"] != found[2]["checksum"]
 
 
-def test_what_occurs_twice_is_not_asked(tmp_path: Path) -> None:
+def test_what_occurs_twice_is_not_asked(tmp_path):
     rng = random.Random(1)
     line = "".join(rng.choice("abcdefghijkl") for _ in range(40))
     fresh = ["".join(rng.choice("abcdefghijkl") for _ in range(40)) for _ in range(20_000)]
@@ -108,14 +106,14 @@ def test_what_occurs_twice_is_not_asked(tmp_path: Path) -> None:
     assert len(givens) > 20 and not any(given in line for given in givens)
 
 
-def test_what_is_done_is_not_read_again(texts: Path) -> None:
+def test_what_is_done_is_not_read_again(texts):
     plan = CopyPlan(str(texts), ["prose", "mine"], [900], [250, 500], 2)
     rows, again = rows_of(plan, Knowing()), Knowing()
     assert rows_of(plan, again, plan.done(rows[:6])) == rows[6:]
     assert len(again.asked) == 1 and len(rows) == 8
 
 
-def test_too_little_text(texts: Path) -> None:
+def test_too_little_text(texts):
     with pytest.raises(EvalError, match="--lengths 900000: no kind of text"):
         rows_of(CopyPlan(str(texts), ["mine"], [900_000]), Knowing())
 
@@ -129,7 +127,7 @@ def row(index: int, nats: float, exact: int, **others: Any) -> dict[str, Any]:
     return found | others
 
 
-def test_shares_are_of_means_and_paired_by_text() -> None:
+def test_shares_are_of_means_and_paired_by_text():
     # The second text has twice the first one's gain, and LoLA a half of each.
     base = [
         row(0, 48.0, 40, floor_exact=10, floor_nats=148.0),
@@ -147,14 +145,14 @@ def test_shares_are_of_means_and_paired_by_text() -> None:
     assert own["floor_logprob"][0] == pytest.approx(-396 / 96)
 
 
-def test_no_share_where_the_reference_saw_nothing_or_gains_nothing() -> None:
+def test_no_share_where_the_reference_saw_nothing_or_gains_nothing():
     lola = [row(0, 98.0, 25)]
     for changes in ({"seen": False}, {"floor_nats": 48.0, "floor_exact": 40}):
         base = [row(0, 48.0, 40, **{"floor_exact": 10, "floor_nats": 148.0, **changes})]
         assert copy_cells(record_of(lola), record_of(base))["a", 500, 250]["gain"] is None
 
 
-def test_table_and_json() -> None:
+def test_table_and_json():
     floor = {"floor_exact": 10, "floor_nats": 148.0}
     base, lola = Record(Setting(REFERENCE, Path("/x/a"))), Record(Setting("lola", Path("b")))
     base.samples = [row(i, 48.0, 40, **floor) for i in range(3)]
@@ -171,9 +169,7 @@ def test_table_and_json() -> None:
     assert plan.numbers(lola, base)["cells"][0]["gain"][0] == pytest.approx(0.5)
 
 
-def test_models_that_are_equal_within_their_reach_copy_equally(
-    lola: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_that_are_equal_within_their_reach_copy_equally(lola, llama, tmp_path, monkeypatch):
     ran = in_this_process(monkeypatch)
     pages = sorted((Path(__file__).parents[3] / "docs").glob("*.md"))
     paragraphs = [part for page in pages for part in page.read_text().split("\n\n")]

@@ -1,9 +1,6 @@
 """Texts read in pieces are the same as texts read at once, and questions change no state."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,9 +31,7 @@ def check(found: list[Prediction], wanted: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("prefix", [[], [7, 8]])
 @pytest.mark.parametrize("wanted", [[0, 1, 2, 3], [1, 3]])
-def test_a_lola_model_reads_with_one_state(
-    lola: Path, monkeypatch: pytest.MonkeyPatch, prefix: list[int], wanted: list[int]
-) -> None:
+def test_a_lola_model_reads_with_one_state(lola, monkeypatch, prefix, wanted):
     monkeypatch.setattr(reader, "PIECE", 25)
     (ids,) = random_prompts([4 * BLOCK])
     setting = Setting("a", lola, {"sparse_cache_size": 8})
@@ -50,7 +45,7 @@ def test_a_lola_model_reads_with_one_state(
         check(values, expected[max(0, index * BLOCK + lead) : (index + 1) * BLOCK + lead])
 
 
-def test_a_softmax_model_sees_the_context_before_each_block_alone(llama: Path) -> None:
+def test_a_softmax_model_sees_the_context_before_each_block_alone(llama):
     (ids,) = random_prompts([4 * BLOCK])
     whole = load(Setting("a", llama), "float32")
     model = Reader(Setting("a", llama), "float32")
@@ -60,9 +55,7 @@ def test_a_softmax_model_sees_the_context_before_each_block_alone(llama: Path) -
 
 
 @pytest.mark.parametrize("kind", ["lola", "llama"])
-def test_every_question_is_asked_from_the_state_of_its_stop(
-    kind: str, request: pytest.FixtureRequest
-) -> None:
+def test_every_question_is_asked_from_the_state_of_its_stop(kind, request):
     """A softmax model sees its last positions, and the floor 200 tokens."""
     setting = Setting("a", request.getfixturevalue(kind))
     ids, *questions = [[i % 300 for i in ids] for ids in random_prompts([500, 25, 25, 25, 9])]
@@ -78,7 +71,7 @@ def test_every_question_is_asked_from_the_state_of_its_stop(
                 check(values, at_once(whole, ids[start:at] + question, size))
 
 
-def test_questions_of_a_model_with_a_sliding_window(tmp_path: Path) -> None:
+def test_questions_of_a_model_with_a_sliding_window(tmp_path):
     model = make_base(tmp_path, "mistral", sliding_window=30).eval()
     ids, *questions = [[i % 300 for i in ids] for ids in random_prompts([60, 25, 25])]
     run = Run(model)
@@ -87,7 +80,7 @@ def test_questions_of_a_model_with_a_sliding_window(tmp_path: Path) -> None:
         check(values, at_once(model, ids + question, 12))
 
 
-def test_what_cannot_be_loaded(tmp_path: Path) -> None:
+def test_what_cannot_be_loaded(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(EvalError, match="transformers cannot load it"):
         load(Setting("a", tmp_path), "float32")

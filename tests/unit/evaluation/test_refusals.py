@@ -1,9 +1,5 @@
 """What `lola-vllm eval` refuses before a model is loaded, and in which words."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 
 from lola_vllm.command import cli
@@ -63,9 +59,7 @@ REFUSALS = (
 
 
 @pytest.mark.parametrize(("asked", "options", "message"), REFUSALS)
-def test_refusals(
-    models: Path, capsys: pytest.CaptureFixture[str], asked: str, options: list[str], message: str
-) -> None:
+def test_refusals(models, capsys, asked, options, message):
     texts, file, out = models / "texts.txt", models / "t", models / "out"
     texts.write_text(SEPARATOR.join(f"A document {i}." for i in range(99)), encoding="utf-8")
     argv = ["eval", *asked.replace("TEXTS", str(texts)).split(), "--model", str(models / "lola")]

@@ -1,7 +1,5 @@
 """Scoring, confidence intervals, summaries and tables of `lola-vllm eval`."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any
@@ -31,11 +29,11 @@ UUID = "438584a2-6a23-48b8-a21e-b6c15e265f5a"
         (["ABCDE", "FGHIJ"], "FGHIJ ABCDE", True, 1),
     ],
 )
-def test_judge(expected: list[str], answer: str, exact: bool, match: float) -> None:
+def test_judge(expected, answer, exact, match):
     assert judge(expected, answer) == {"exact": exact, "match": match}
 
 
-def test_an_answer_that_must_begin_with_what_is_expected() -> None:
+def test_an_answer_that_must_begin_with_what_is_expected():
     expected = ("left=left, right=right)",)
     assert judge(expected, " left=left, right=right)\n\nmore", begins=True)["exact"]
     for answer in ("right=right, left=left)", "left=left, right=1)", f"a=a, {expected[0]}"):
@@ -52,17 +50,17 @@ def test_an_answer_that_must_begin_with_what_is_expected() -> None:
         (1, 1, 0.20654931437723745, 1.0),
     ],
 )
-def test_wilson(successes: int, trials: int, low: float, high: float) -> None:
+def test_wilson(successes, trials, low, high):
     assert wilson(successes, trials) == pytest.approx((low, high), abs=1e-12)
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 0), (-1, 5), (6, 5)])
-def test_wilson_refuses_what_is_no_count(successes: int, trials: int) -> None:
+def test_wilson_refuses_what_is_no_count(successes, trials):
     with pytest.raises(ValueError, match="successes"):
         wilson(successes, trials)
 
 
-def test_exp_mean_is_perplexity_with_an_interval_that_covers() -> None:
+def test_exp_mean_is_perplexity_with_an_interval_that_covers():
     rng = np.random.default_rng(1)
     tokens = np.full(64, 100.0)
     truth, hits = 3.0, 0
@@ -77,7 +75,7 @@ def test_exp_mean_is_perplexity_with_an_interval_that_covers() -> None:
     assert value == pytest.approx(math.exp(70 / 40))  # windows weigh by their tokens
 
 
-def test_share_of_sums_and_its_interval() -> None:
+def test_share_of_sums_and_its_interval():
     value, low, high = share(np.array([1.0, 0.0, 3.0]), np.array([2.0, 2.0, 4.0]))
     assert value == 0.5 and 0 <= low < 0.5 < high <= 0.75
     # What resamples lack has no upper bound.
@@ -89,7 +87,7 @@ def sample(exact: bool, match: float | None = None, **changes: Any) -> dict[str,
     return {**row, "match": float(exact) if match is None else match, **changes}
 
 
-def test_cells() -> None:
+def test_cells():
     samples = [sample(True), sample(False, 0.5), sample(True), sample(True)]
     cell = recall_cells(samples)["niah-1", 512, 0]
     assert (cell["samples"], cell["exact"], cell["rate"], cell["match"]) == (4, 3, 0.75, 0.875)
@@ -104,7 +102,7 @@ def records(of_base: list[Any], of_lola: list[Any]) -> list[Record]:
     return [base, lola]
 
 
-def test_recall_table_and_json() -> None:
+def test_recall_table_and_json():
     plan = RecallPlan(["niah-1"], [512])
     all_found = [sample(True, length=n) for n in (512, 1024) for _ in range(4)]
     found = records(all_found, [sample(False, 0.5), *[sample(True)] * 3])
@@ -129,7 +127,7 @@ def window(kind: str, index: int, nats: float, checksum: int = 7) -> dict[str, A
     return {**found, "nats": nats, "checksum": checksum}
 
 
-def test_readings_are_paired_with_the_reference_by_window() -> None:
+def test_readings_are_paired_with_the_reference_by_window():
     reference = [window("a", 0, 20), window("a", 1, 40), window("b", 0, 30)]
     ours = [window("b", 0, 31), window("a", 1, 41), window("a", 0, 21)]  # in another order
     found = readings(record_of(ours), record_of(reference))
@@ -144,13 +142,13 @@ def test_readings_are_paired_with_the_reference_by_window() -> None:
         assert readings(record_of(ours), other)["a"]["ratio"] is None
 
 
-def test_another_tokenizers_windows_do_not_compare() -> None:
+def test_another_tokenizers_windows_do_not_compare():
     for other in ([window("a", 0, 20, checksum=8)], [window("a", 1, 20)]):
         with pytest.raises(EvalError, match="other tokens"):
             readings(record_of([window("a", 0, 20)]), record_of(other))
 
 
-def test_perplexity_table_compares_with_the_reference_alone() -> None:
+def test_perplexity_table_compares_with_the_reference_alone():
     base, lola = records(*([window("a", i, n) for i in (0, 1)] for n in (20, 21)))
     table = PerplexityPlan("t").table([base, lola], base)
     (row,) = [line for line in table.splitlines() if line.startswith("| a")]

@@ -1,7 +1,5 @@
 """Settings of a comparison, what a sequence of each costs, and held-out documents."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from lola_vllm.evaluation.settings import Setting, check, measure, parse_setting
 from lola_vllm.training.texts import SEPARATOR, is_held_out
 
 
-def test_settings(models: Path) -> None:
+def test_settings(models):
     lola, sweep = models / "lola", models / "sweep.json"
     assert parse_settings(lola, [], None, None) == [Setting("model", lola)]
     for text, setting in (
@@ -37,7 +35,7 @@ def test_settings(models: Path) -> None:
     ]
 
 
-def test_memory(models: Path) -> None:
+def test_memory(models):
     plain = measure(Setting("a", models / "llama"), "bfloat16")
     assert plain is not None and plain.state_bytes is None and plain.lola_config is None
     assert plain.full_kv_bytes_per_token == 2 * 2 * 2 * 16 * 2  # layers, K and V, heads, d, bytes
@@ -54,7 +52,7 @@ def test_memory(models: Path) -> None:
     assert measure(Setting("a", models / "gpt"), "bfloat16") is None
 
 
-def test_a_length_must_be_in_the_models_context_if_that_ends(models: Path) -> None:
+def test_a_length_must_be_in_the_models_context_if_that_ends(models):
     check(Setting("a", models / "lola"), 4096)
     with pytest.raises(EvalError, match=r"4097 tokens: .* takes 4096"):
         check(Setting("a", models / "lola"), 4097)
@@ -62,7 +60,7 @@ def test_a_length_must_be_in_the_models_context_if_that_ends(models: Path) -> No
     check(Setting("a", models / "gpt"), 10**6)  # its config does not say
 
 
-def test_fingerprints_follow_the_weights(models: Path) -> None:
+def test_fingerprints_follow_the_weights(models):
     weights = models / "lola" / "model.safetensors"
     weights.write_bytes(b"a" * 10_000_000)
     before = fingerprint(models / "lola")
@@ -71,7 +69,7 @@ def test_fingerprints_follow_the_weights(models: Path) -> None:
     assert fingerprint(models / "lola") != before
 
 
-def test_held_out_documents_alone_are_read_by_file_and_by_kind(tmp_path: Path) -> None:
+def test_held_out_documents_alone_are_read_by_file_and_by_kind(tmp_path):
     documents = [f"Document number {i}." for i in range(300)]
     kept = [document for document in documents if is_held_out(document)]
     for i, name in enumerate(("web_bible", "jane_austen", "mine")):

@@ -1,7 +1,5 @@
 """`lola-vllm convert`: every naming, the merge, the card, the command line, and memory."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -10,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +17,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lola_vllm.command import cli
 from lola_vllm.core.config import TensorFacts
-from lola_vllm.models import expected_tensors
+from lola_vllm.models import expected_tensors, read_facts
 from lola_vllm.models.convert import convert_checkpoint
 from lola_vllm.models.files import read_shapes, weight_files
 from tests.support.lolcats_files import (
     ROWS,
     F,
+    State,
     distill_tensors,
     lora_tensors,
     make_base,
@@ -35,35 +35,45 @@ from tests.support.lolcats_files import (
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
+def base(tmp_path) -> Path:
     return make_base(tmp_path / "base")
 
 
-# ---- what is written
+def converted(
+    base: Path, distill: object, lora: object = None, name: str = "lola", **options: Any
+) -> State:
+    """The tensors of the model that files with these contents lead to."""
+    files = [
+        None if content is None else save(base.parent / f"{name}-{role}.pt", content)
+        for role, content in (("distill", distill), ("lora", lora))
+    ]
+    convert_checkpoint(base, files[0], base.parent / name, {}, files[1], **options)
+    return read_tensors(base.parent / name)
+
+
+def assert_same(found: State, expected: State) -> None:
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("sharded", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-def test_maps_are_added_to_the_base(tmp_path: Path, sharded: bool, tied: bool) -> None:
+def test_maps_are_added_to_the_base(tmp_path, sharded, tied):
     base = make_base(tmp_path / "base", sharded=sharded, tie_word_embeddings=tied)
     tensors = distill_tensors()
     distill, out = save(tmp_path / "distill.pt", tensors), tmp_path / "lola"
     config = convert_checkpoint(base, distill, out, {"window_size": 16})
 
     assert len(weight_files(out)) == len(weight_files(base)) > (1 if sharded else 0)
-    after = read_tensors(out)
-    for name, tensor in read_tensors(base).items():
-        assert torch.equal(after.pop(name), tensor)
+    expected = read_tensors(base)
     for i in range(2):
         attn = f"model.layers.{i}.self_attn."
         for kind in ("feature_map_q", "feature_map_k"):
-            weight = after.pop(attn + kind)
-            assert weight.dtype == torch.bfloat16
-            assert torch.equal(weight, tensors[f"{attn}{kind}.mlp.layer"])
-        factors = after.pop(f"{attn}window_factors")
-        assert factors.dtype == torch.float32
-        assert torch.equal(factors, tensors[f"{attn}window_factors"].flatten().float())
-    assert not after
+            expected[attn + kind] = tensors[f"{attn}{kind}.mlp.layer"]
+        expected[f"{attn}window_factors"] = tensors[f"{attn}window_factors"].flatten().float()
+    found = read_tensors(out)
+    assert_same(found, expected)
+    assert all(found[name].dtype == tensor.dtype for name, tensor in expected.items())
     assert config.facts == TensorFacts(F, 4)
     assert expected_tensors(config).items() <= read_shapes(out).items()
     assert not config.tie_word_embeddings or "lm_head.weight" not in read_shapes(out)
@@ -82,12 +92,7 @@ def test_maps_are_added_to_the_base(tmp_path: Path, sharded: bool, tied: bool) -
         ("base_model.model.model.", True, True, "pt"),
     ],
 )
-def test_every_naming_gives_the_same_checkpoint(
-    base: Path, tmp_path: Path, prefix: str, old_names: bool, wrapped: bool, suffix: str
-) -> None:
-    plain = (save(tmp_path / "d.pt", distill_tensors()), save(tmp_path / "l.pt", lora_tensors()))
-    convert_checkpoint(base, plain[0], tmp_path / "plain", {}, plain[1])
-
+def test_every_naming_gives_the_same_checkpoint(base, tmp_path, prefix, old_names, wrapped, suffix):
     maps = renamed(distill_tensors(), "model.layers", f"{prefix}layers")
     lora = renamed(lora_tensors(), "base_model.model.model.layers", f"{prefix}layers")
     if old_names:
@@ -99,107 +104,76 @@ def test_every_naming_gives_the_same_checkpoint(
         content = {"model_state_dict": tensors, "step": 7} if wrapped else tensors
         files.append(save(tmp_path / f"{role}.{suffix}", content))
     convert_checkpoint(base, files[0], tmp_path / "lola", {}, files[1])
-
-    expected, found = (read_tensors(tmp_path / name) for name in ("plain", "lola"))
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    plain = converted(base, distill_tensors(), lora_tensors(), "plain")
+    assert_same(read_tensors(tmp_path / "lola"), plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sharded", [True, False])
-def test_lora_is_merged_in_float32(tmp_path: Path, dtype: torch.dtype, sharded: bool) -> None:
+@pytest.mark.parametrize(
+    ("linears", "rank", "options", "scale"),
+    [(tuple(ROWS), 8, {}, 2), (("q_proj", "v_proj"), 4, {"lora_alpha": 2}, 0.5)],
+    ids=["all", "alpha-and-a-subset"],
+)
+def test_lora_is_merged_in_float32(tmp_path, dtype, sharded, linears, rank, options, scale):
     base = make_base(tmp_path / "base", sharded=sharded, dtype=dtype)
-    lora = lora_tensors(r=8)
-    distill = save(tmp_path / "d.pt", distill_tensors())
-    convert_checkpoint(base, distill, tmp_path / "lola", {}, save(tmp_path / "l.pt", lora))
-    before, after = read_tensors(base), read_tensors(tmp_path / "lola")
+    lora = lora_tensors(rows={name: ROWS[name] for name in linears}, r=rank)
+    before, after = read_tensors(base), converted(base, distill_tensors(), lora, **options)
     changed = 0
     for name, weight in before.items():
         key = f"base_model.model.{name.removesuffix('weight')}lora_%s.default.weight"
         if key % "A" in lora:
             product = lora[key % "B"].float() @ lora[key % "A"].float()
-            weight = (weight.float() + 2 * product).to(dtype)
+            weight = (weight.float() + scale * product).to(dtype)
             assert not torch.equal(weight, before[name])
             changed += 1
         assert after[name].dtype == dtype
         assert torch.equal(after[name], weight)
-    assert changed == 8
-
-
-def test_alpha_rank_and_a_subset_of_the_linears(base: Path, tmp_path: Path) -> None:
-    rows = {name: ROWS[name] for name in ("q_proj", "v_proj")}
-    lora = lora_tensors(rows=rows, r=4)
-    files = save(tmp_path / "d.pt", distill_tensors()), save(tmp_path / "l.pt", lora)
-    convert_checkpoint(base, files[0], tmp_path / "lola", {}, files[1], lora_alpha=2)
-    before, after = read_tensors(base), read_tensors(tmp_path / "lola")
-    for linear in ROWS:
-        name = f"model.layers.1.self_attn.{linear}."
-        weight = before[f"{name}weight"]
-        if linear in rows:
-            A, B = (lora[f"base_model.model.{name}lora_{x}.default.weight"].float() for x in "AB")
-            weight = (weight.float() + 0.5 * (B @ A)).bfloat16()
-        assert torch.equal(after[f"{name}weight"], weight)
+    assert changed == 2 * len(linears)
 
 
 # As LoLCATs' sharded training saves it, of its 70B and of its 405B.
 @pytest.mark.parametrize(("lora_option", "rank", "wrapper"), [(False, 8, "model"), (True, 4, None)])
-def test_one_file_may_hold_maps_and_adapters(
-    base: Path, tmp_path: Path, lora_option: bool, rank: int, wrapper: str | None
-) -> None:
+def test_one_file_may_hold_maps_and_adapters(base, tmp_path, lora_option, rank, wrapper):
     tensors = one_file_tensors(r=rank)
     both = save(tmp_path / "maps_and_lora.bin", {wrapper: tensors} if wrapper else tensors)
     convert_checkpoint(base, both, tmp_path / "lola", {}, both if lora_option else None)
-    apart = (
-        save(tmp_path / "d.pt", distill_tensors()),
-        save(tmp_path / "l.pt", lora_tensors(r=rank)),
-    )
     # LoLCATs' 70B was trained with alpha 16, its 405B with alpha 8: twice the rank.
-    convert_checkpoint(base, apart[0], tmp_path / "two", {}, apart[1], lora_alpha=2 * rank)
-    expected, found = (read_tensors(tmp_path / name) for name in ("two", "lola"))
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    adapters = lora_tensors(r=rank)
+    apart = converted(base, distill_tensors(), adapters, "two", lora_alpha=2 * rank)
+    assert_same(read_tensors(tmp_path / "lola"), apart)
     name = "model.layers.0.self_attn.o_proj.weight"
-    assert not torch.equal(found[name], read_tensors(base)[name])
+    assert not torch.equal(apart[name], read_tensors(base)[name])
     card = (tmp_path / "lola" / "README.md").read_text()
     assert f"--distill maps_and_lora.bin --lora-alpha {2 * rank} --out DIR" in card
 
 
-def test_missing_window_factors_mean_a_tenth(base: Path, tmp_path: Path) -> None:
+def test_missing_window_factors_mean_a_tenth(base):
     tensors = {n: t for n, t in distill_tensors().items() if "window" not in n}
-    convert_checkpoint(base, save(tmp_path / "d.pt", tensors), tmp_path / "lola", {})
-    factors = read_tensors(tmp_path / "lola")["model.layers.0.self_attn.window_factors"]
+    factors = converted(base, tensors)["model.layers.0.self_attn.window_factors"]
     assert factors.dtype == torch.float32 and factors.shape == (4,)
     torch.testing.assert_close(factors.sigmoid(), torch.full((4,), 0.1))
 
 
-def test_maps_of_the_second_stage_replace_those_of_the_first(base: Path, tmp_path: Path) -> None:
-    tuned = renamed(distill_tensors(), "model.layers", "base_model.model.model.layers")
-    tuned = {name: tensor + 1 for name, tensor in tuned.items() if "feature_map_k" not in name}
-    lora = save(tmp_path / "l.pt", {**lora_tensors(), **tuned})
-    distill = save(tmp_path / "d.pt", distill_tensors())
-    convert_checkpoint(base, distill, tmp_path / "lola", {}, lora)
-    after, first = read_tensors(tmp_path / "lola"), distill_tensors()
+def test_maps_of_the_second_stage_replace_those_of_the_first(base):
+    first = distill_tensors()
+    tuned = {name: tensor + 1 for name, tensor in first.items() if "feature_map_k" not in name}
+    both = lora_tensors() | renamed(tuned, "model.layers", "base_model.model.model.layers")
+    after = converted(base, first, both)
     attn = "model.layers.1.self_attn."
-    layer = f"{attn}feature_map_q.mlp.layer"
-    assert torch.equal(after[f"{attn}feature_map_q"], first[layer] + 1)
-    layer = f"{attn}feature_map_k.mlp.layer"
-    assert torch.equal(after[f"{attn}feature_map_k"], first[layer])
+    for name, added in (("feature_map_q", 1), ("feature_map_k", 0)):
+        assert torch.equal(after[attn + name], first[f"{attn}{name}.mlp.layer"] + added)
     factors = (first[f"{attn}window_factors"] + 1).flatten().float()
     assert torch.equal(after[f"{attn}window_factors"], factors)
 
 
-def test_state_heads_follow_from_the_file_and_wide_maps_are_cast(
-    base: Path, tmp_path: Path
-) -> None:
-    tensors = {name: t.float() for name, t in distill_tensors(Hs=2).items()}
-    config = convert_checkpoint(base, save(tmp_path / "d.pt", tensors), tmp_path / "lola", {})
-    assert config.facts.num_state_heads == 2
-    assert expected_tensors(config).items() <= read_shapes(tmp_path / "lola").items()
-    dtypes = {t.dtype for n, t in read_tensors(tmp_path / "lola").items() if "feature" in n}
-    assert dtypes == {torch.bfloat16}
+def test_state_heads_follow_from_the_file_and_wide_maps_are_cast(base, tmp_path):
+    after = converted(base, {name: t.float() for name, t in distill_tensors(Hs=2).items()})
+    assert read_facts(tmp_path / "lola") == TensorFacts(F, 2)
+    assert {t.dtype for n, t in after.items() if "feature" in n} == {torch.bfloat16}
 
 
-def test_the_model_card_says_what_went_in(base: Path, tmp_path: Path) -> None:
+def test_the_model_card_says_what_went_in(base, tmp_path):
     (base / "README.md").write_text("---\nlicense: llama3.1\nlicense_name: L\n---\n# Base\n")
     distill = save(tmp_path / "my distill.pt", distill_tensors())
     lora = save(tmp_path / "lora.safetensors", lora_tensors())
@@ -220,7 +194,7 @@ def test_the_model_card_says_what_went_in(base: Path, tmp_path: Path) -> None:
 # ---- the command
 
 
-def test_command_line(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(base, tmp_path, capsys):
     distill = save(tmp_path / "d.pt", distill_tensors())
     lora = save(tmp_path / "l.pt", lora_tensors())
     out = tmp_path / "lola"
@@ -265,7 +239,7 @@ def save_zeros(path: Path, shapes: dict[str, tuple[int, ...]]) -> int:
 
 
 @pytest.mark.slow
-def test_memory_stays_within_two_shards(tmp_path: Path) -> None:
+def test_memory_stays_within_two_shards(tmp_path):
     """Three layers with Llama-3.1-8B's heads, one a shard. In a process of its own: peaks stay."""
     sizes = {
         "vocab_size": 8,
@@ -297,6 +271,7 @@ def test_memory_stays_within_two_shards(tmp_path: Path) -> None:
     code = """
 import resource, sys
 from pathlib import Path
+from typing import Any
 import torch, transformers, safetensors.torch
 from lola_vllm.models.convert import convert_checkpoint
 work = Path(sys.argv[1])

@@ -1,7 +1,5 @@
 """Decoders of any family as bases: what becomes of their files, and why some cannot be one."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -29,9 +27,7 @@ PATH = Path("base/config.json")
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, *OTHERS])
-def both(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[PreTrainedModel, Path]:
+def both(request, tmp_path_factory) -> tuple[PreTrainedModel, Path]:
     """A base of each family, and the directory of a LoLA model of it whose contexts shift."""
     out = tmp_path_factory.mktemp(request.param)
     base = make_base(out / "base", request.param, max_position_embeddings=128)
@@ -40,7 +36,7 @@ def both(
     return base, out / "lola"
 
 
-def test_no_field_and_no_tensor_of_the_base_is_lost(both: tuple[PreTrainedModel, Path]) -> None:
+def test_no_field_and_no_tensor_of_the_base_is_lost(both):
     lola, base = both[1], both[1].with_name("base")
     before, after = (json.loads((path / "config.json").read_text()) for path in (base, lola))
     same = set(before) - {"model_type", "architectures"}
@@ -53,7 +49,7 @@ def test_no_field_and_no_tensor_of_the_base_is_lost(both: tuple[PreTrainedModel,
 
 
 @torch.no_grad()
-def test_a_window_longer_than_the_text_gives_the_base(both: tuple[PreTrainedModel, Path]) -> None:
+def test_a_window_longer_than_the_text_gives_the_base(both):
     base, directory = both
     wide = DecoderConfig.from_pretrained(directory)
     wide.lola_config = {"window_size": 100, "update_interval": 8}
@@ -65,9 +61,7 @@ def test_a_window_longer_than_the_text_gives_the_base(both: tuple[PreTrainedMode
 
 
 @torch.no_grad()
-def test_folds_and_shifts_do_not_depend_on_how_a_text_is_split(
-    both: tuple[PreTrainedModel, Path],
-) -> None:
+def test_folds_and_shifts_do_not_depend_on_how_a_text_is_split(both):
     """Past two context shifts; within the trained length pages and whole sequences agree."""
     model = AutoModelForCausalLM.from_pretrained(both[1]).eval()
     ids = torch.randint(0, 300, (1, 180), generator=torch.Generator().manual_seed(1))
@@ -82,9 +76,7 @@ def test_folds_and_shifts_do_not_depend_on_how_a_text_is_split(
 
 
 @torch.no_grad()
-def test_a_shift_moves_keys_to_where_rope_would_have_put_them(
-    both: tuple[PreTrainedModel, Path],
-) -> None:
+def test_a_shift_moves_keys_to_where_rope_would_have_put_them(both):
     """The keys of the window, after the first shift: RoPE of D positions less, by the decoder."""
     model = AutoModelForCausalLM.from_pretrained(both[1]).eval()
     rotary, rotations = model.model.rotary_emb, model.key_rotations(torch.device("cpu"))
@@ -104,7 +96,7 @@ def test_a_shift_moves_keys_to_where_rope_would_have_put_them(
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "granite"])
-def test_convert_merges_into_every_family(tmp_path: Path, family: str) -> None:
+def test_convert_merges_into_every_family(tmp_path, family):
     """Biases and norms stay, and the linears get what a LoRA file says."""
     stock = make_base(tmp_path / "base", family)
     rows = {"q_proj": (64, 64), "v_proj": (32, 64)}
@@ -137,9 +129,7 @@ def test_convert_merges_into_every_family(tmp_path: Path, family: str) -> None:
         ("phi", {"num_key_value_heads": 64, "head_dim": 32}),
     ],
 )
-def test_what_a_file_leaves_out_is_the_familys_default(
-    family: str, defaults: dict[str, object]
-) -> None:
+def test_what_a_file_leaves_out_is_the_familys_default(family, defaults):
     raw = {"model_type": family, "sliding_window": None, "num_attention_heads": 64}
     check_base(PATH, raw)
     config = DecoderConfig.from_dict(lola_fields(raw))
@@ -147,7 +137,7 @@ def test_what_a_file_leaves_out_is_the_familys_default(
     assert config.num_attention_heads == 64
 
 
-def test_the_page_names_the_families_that_are_tested() -> None:
+def test_the_page_names_the_families_that_are_tested():
     page = (Path(__file__).parents[3] / "docs/checkpoints.md").read_text()
     _, section = page.split("\n## Bases\n")
     rows = re.findall(r"^\| .*? \| (`.*`) \|$", section.split("\n## ")[0], re.MULTILINE)
@@ -167,14 +157,14 @@ def test_the_page_names_the_families_that_are_tested() -> None:
         ({"attention_bias": True, "qkv_bias": True}, "llama"),
     ],
 )
-def test_files_of_before_other_families_load_as_they_are(old: dict[str, Any], base: str) -> None:
+def test_files_of_before_other_families_load_as_they_are(old, base):
     raw = {"model_type": "lola_llama", "rope_theta": 1e6, "lola_config": {"sink_size": 4}, **old}
     config = DecoderConfig.from_dict(raw)
     assert (config.model_type, config.base_model_type, config.lola.sink_size) == ("lola", base, 4)
     assert config.rope_parameters["rope_theta"] == 1e6
 
 
-def test_a_base_that_transformers_does_not_know_is_named() -> None:
+def test_a_base_that_transformers_does_not_know_is_named():
     with pytest.raises(LolaConfigError, match="base_model_type = 'of-next-year'"):
         config_class("of-next-year")
 
@@ -200,12 +190,12 @@ def test_a_base_that_transformers_does_not_know_is_named() -> None:
     ],
     ids=lambda value: str(value.get("model_type")) if isinstance(value, dict) else "",
 )
-def test_one_sentence_says_why_a_base_cannot_be(raw: dict[str, Any], why: str) -> None:
+def test_one_sentence_says_why_a_base_cannot_be(raw, why):
     with pytest.raises(CheckpointError, match=f"base/config.json: .*(?:{why})"):
         check_base(PATH, raw)
 
 
-def test_windows_that_no_layer_uses_are_no_obstacle() -> None:
+def test_windows_that_no_layer_uses_are_no_obstacle():
     """Qwen's switch may be on while its first windowed layer lies beyond the last."""
     raw = {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 28}
     check_base(PATH, {**raw, "num_hidden_layers": 28})

@@ -1,9 +1,6 @@
 """Decoders that are no Llama are trained and calibrated as one is."""
 
-from __future__ import annotations
-
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +19,7 @@ OUTPUT = {"phi": "dense"}  # of the output projection, where it is not o_proj
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "glm", "phi", "phi3"])
-def test_two_stages_and_a_calibration(tmp_path: Path, family: str) -> None:
+def test_two_stages_and_a_calibration(tmp_path, family):
     base, out = tmp_path / "base", tmp_path / "lola"
     stock = make_base(base, family, max_position_embeddings=512).state_dict()
     write_tokenizer(base)

@@ -1,9 +1,6 @@
 """Files of texts: documents, cutting, and the held-out split."""
 
-from __future__ import annotations
-
 import random
-from pathlib import Path
 
 import pytest
 
@@ -23,7 +20,7 @@ def prose(words: int, seed: int, paragraph: int = 40) -> str:
     return "\n\n".join(" ".join(found[at : at + paragraph]) for at in range(0, words, paragraph))
 
 
-def test_cut_document_at_paragraphs_into_equal_pieces() -> None:
+def test_cut_document_at_paragraphs_into_equal_pieces():
     document = prose(10_000, 0)
     pieces = cut_document(document)
     assert len(pieces) == 3
@@ -34,7 +31,7 @@ def test_cut_document_at_paragraphs_into_equal_pieces() -> None:
     assert cut_document("  \n\n ") == []
 
 
-def test_held_out_share_and_stability() -> None:
+def test_held_out_share_and_stability():
     documents = [f"Document number {number}" for number in range(20_000)]
     held_out = [document for document in documents if is_held_out(document)]
     assert 900 <= len(held_out) <= 1100
@@ -43,7 +40,7 @@ def test_held_out_share_and_stability() -> None:
     assert held_out[:3] == [f"Document number {number}" for number in (6, 22, 34)]
 
 
-def test_read_documents(tmp_path: Path) -> None:
+def test_read_documents(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text(f"one\n\ntwo{SEPARATOR}three{SEPARATOR} \n")
     assert read_documents(path) == ["one\n\ntwo", "three"]

@@ -1,8 +1,6 @@
 """Composed states against a composition in lists, from states of the reference in float64."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -220,7 +218,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("lengths", [[48, 48], [41, 53, 30], [17, 16, 16, 5]])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_it_is_the_composition_by_hand(name: str, lengths: list[int]) -> None:
+def test_it_is_the_composition_by_hand(name, lengths):
     fields, options = CONFIGS[name]
     config = LolaConfig(**{"window_size": 8, "sparse_cache_size": 12, **fields})
     problems = documents(lengths, config, **options)
@@ -232,7 +230,7 @@ def test_it_is_the_composition_by_hand(name: str, lengths: list[int]) -> None:
     assert_is(problems, page, n, close)
 
 
-def test_one_document_is_itself() -> None:
+def test_one_document_is_itself():
     config = LolaConfig(window_size=8, sparse_cache_size=12, update_interval=4)
     (problem,) = documents([59], config)
     page = run(portable, problem)[1].pages[STATE_INDEX]
@@ -245,7 +243,7 @@ def test_one_document_is_itself() -> None:
 
 
 @pytest.mark.parametrize("recent", [0, 20])
-def test_nothing_folded_is_attention_to_all_pairs(recent: int) -> None:
+def test_nothing_folded_is_attention_to_all_pairs(recent):
     config = LolaConfig(
         window_size=8, sparse_cache_size=500, update_interval=8, sink_size=2, recent_size=recent
     )
@@ -264,23 +262,14 @@ def test_nothing_folded_is_attention_to_all_pairs(recent: int) -> None:
 
 
 @pytest.mark.parametrize("sizes", [(12, 12), (20, 3)])
-def test_a_page_per_head_gives_what_the_heads_alone_give(sizes: tuple[int, int]) -> None:
+def test_a_page_per_head_gives_what_the_heads_alone_give(sizes):
     """So do tensor-parallel ranks, which have some of the heads each."""
     config = LolaConfig(window_size=8, sparse_cache_size=12, update_interval=4, sink_size=2)
     alone, rows = [], []
     for i, size in enumerate(sizes):
         own = config.model_copy(update={"sparse_cache_size": size})
         problems = documents([48, 64, 39], own, Hkv=2, importance=True)
-        heads = [
-            replace(
-                problem, q=problem.q[:, 3 * i : 3 * i + 3], k=problem.k[:, i : i + 1],
-                v=problem.v[:, i : i + 1], feature_map_q=problem.feature_map_q[3 * i : 3 * i + 3],
-                feature_map_k=problem.feature_map_k[i : i + 1],
-                window_factors=problem.window_factors[3 * i : 3 * i + 3],
-                importance=None if problem.importance is None else problem.importance[i : i + 1],
-            )
-            for problem in problems
-        ]  # fmt: skip
+        heads = [problem.of_head(i) for problem in problems]
         alone.append((heads, compose(heads)))
         rows.append([run(portable, head)[1].pages[STATE_INDEX] for head in heads])
     layer = LayerLayout(tuple(heads[0].layout() for heads, _ in alone))
@@ -292,17 +281,7 @@ def test_a_page_per_head_gives_what_the_heads_alone_give(sizes: tuple[int, int])
         assert torch.equal(part, expected)
 
 
-def test_documents_do_not_depend_on_what_free_bytes_hold() -> None:
-    config = LolaConfig(window_size=8, sparse_cache_size=40, update_interval=4)
-    problems = documents([24, 28], config)
-    rows = [run(portable, problem)[1].pages[STATE_INDEX] for problem in problems]
-    sequence = SequenceLayout((LayerLayout((problems[0].layout(),)),))
-    clean = [sequence.cleaned(row, len(p.q)) for row, p in zip(rows, problems, strict=True)]
-    one, other = (composer(problems[0]).compose(x, [24, 28])[0] for x in (rows, clean))
-    assert torch.equal(one, other)
-
-
-def test_what_cannot_be_composed_is_refused() -> None:
+def test_what_cannot_be_composed_is_refused():
     config = LolaConfig(window_size=8, sparse_cache_size=12, update_interval=8, sink_size=9)
     layout = make_problem(4, config).layout()
     with pytest.raises(ComposeError, match="no document"):

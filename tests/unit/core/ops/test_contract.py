@@ -13,17 +13,13 @@ from lola_vllm.core.state import TABLE_FIELDS, LayerLayout
 from tests.support.problem import make_problem
 
 CONFIG = LolaConfig(window_size=8, sparse_cache_size=5, update_interval=4)
+SCHEDULE = ShiftSchedule(32, 8)
 
 
-def parts(dtype=torch.bfloat16, **heads):
+def parts(dtype=torch.bfloat16, **options):
     """Weights, layout and pages that fit each other."""
-    problem = make_problem(1, CONFIG, F=6, dtype=dtype, **{"Hs": 6, **heads})
+    problem = make_problem(1, CONFIG, F=6, Hs=6, dtype=dtype, **options)
     return problem.weights(), LayerLayout((problem.layout(),)), problem.state().pages
-
-
-def other_page(layout, **fields):
-    """The layout with a page that differs in these fields."""
-    return LayerLayout((replace(layout.pages[0], **fields),))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -50,62 +46,30 @@ def test_what_fits_is_bound(dtype):
         ("log_gate", lambda w: w[:, None], r"shape \[6, 1\], expected \[6\]"),
         ("feature_map_q", lambda w: w.mT.contiguous().mT, "and contiguous"),
         ("key_maps", lambda w: w.to("meta"), "on meta, the pages on cpu"),
+        ("importance", lambda w: w[:0], "none given, but the layout has has_score_weights = True"),
+        ("importance", lambda w: w[:, 1:].contiguous(), r"shape \[2, 24\], expected \[2, 25\]"),
+        ("importance", lambda w: w.to("meta"), "on meta, the pages on cpu"),
+        # The sines are compared with the cosines.
+        ("rotation", lambda r: replace(r, cos=r.cos[:5]), r"shape \[8\], expected at most 8 angl"),
+        ("rotation", lambda r: replace(r, sin=r.sin.bfloat16()), "must be torch.float32 on cpu, i"),
+        ("rotation", lambda r: replace(r, cos=r.cos.to("meta")), "is torch.float32 on meta"),
+        (
+            "rotation",
+            lambda r: KeyRotation(SCHEDULE, torch.ones(9), torch.ones(9)),
+            r"shape \[9\], expected at most 8",
+        ),
+        ("pages", lambda p: p[:, :-1].contiguous(), "need rows of at least PAGE_BYTES"),
+        ("pages", lambda p: p.view(torch.float32), "need rows of at least PAGE_BYTES"),
     ],
 )
-def test_a_weight_that_does_not_fit_is_named(name, change, words):
-    weights, layout, pages = parts()
-    bad = replace(weights, **{name: change(getattr(weights, name))})
-    with pytest.raises(ValueError, match=f"^{name}: .*{words}"):
-        LayerState.bind(bad, layout, pages)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda w: w[:0], "none given, but the layout has has_score_weights = True"),
-        (lambda w: w[:, 1:].contiguous(), r"shape \[2, 24\], expected \[2, 25\]"),
-        (lambda w: w.to("meta"), "on meta, the pages on cpu"),
-    ],
-)
-def test_an_importance_that_does_not_fit_is_named(change, words):
-    problem = make_problem(1, CONFIG, F=6, importance=True, dtype=torch.bfloat16)
-    layout = LayerLayout((problem.layout(),))
-    weights, pages = problem.weights(), problem.state().pages
-    assert LayerState.bind(weights, layout, pages).weights.importance is weights.importance
-    with pytest.raises(ValueError, match=f"^importance: .*{words}"):
-        LayerState.bind(replace(weights, importance=change(weights.importance)), layout, pages)
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "words"),
-    [
-        ("cos", lambda x: x[:5], r"shape \[8\], expected at most 8 angles"),  # sin is compared
-        ("sin", lambda x: x.bfloat16(), r"must be torch.float32 on cpu, is torch.bfloat16 on cpu"),
-        ("cos", lambda x: x.to("meta"), r"must be torch.float32 on cpu, is torch.float32 on meta"),
-    ],
-)
-def test_a_rotation_that_does_not_fit_is_named(name, change, words):
-    weights, layout, pages = parts()
-    angles = torch.arange(8.0)
-    rotation = KeyRotation(ShiftSchedule(32, 8), angles.cos(), angles.sin())
-    weights = replace(weights, rotation=rotation, importance=torch.zeros(2, 25))
-    layout = other_page(layout, has_score_weights=True)
-    pages = torch.zeros(2, layout.page_bytes, dtype=torch.uint8)
-    assert LayerState.bind(weights, layout, pages).schedule is rotation.schedule
-    bad = replace(rotation, **{name: change(getattr(rotation, name))})
-    with pytest.raises(ValueError, match=rf"^rotation.(cos|sin): {words}"):
-        LayerState.bind(replace(weights, rotation=bad), layout, pages)
-    nine = KeyRotation(rotation.schedule, torch.ones(9), torch.ones(9))
-    with pytest.raises(ValueError, match=r"rotation.cos: shape \[9\], expected at most 8"):
-        LayerState.bind(replace(weights, rotation=nine), layout, pages)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [lambda p: p[:, :-1].contiguous(), lambda p: p.view(torch.float32)],
-    ids=["short", "not bytes"],
-)
-def test_pages_that_do_not_fit_are_named(change):
-    weights, layout, pages = parts()
-    with pytest.raises(ValueError, match=rf"^pages .*: need rows of at least {layout.page_bytes}"):
-        LayerState.bind(weights, layout, change(pages))
+def test_what_does_not_fit_is_named(name, change, words):
+    weights, layout, pages = parts(importance=True, schedule=SCHEDULE)
+    bound = LayerState.bind(weights, layout, pages)
+    assert bound.weights.importance is weights.importance and bound.schedule is SCHEDULE
+    if name == "pages":
+        pages = change(pages)
+    else:
+        weights = replace(weights, **{name: change(getattr(weights, name))})
+    words = words.replace("PAGE_BYTES", str(layout.page_bytes))
+    with pytest.raises(ValueError, match=rf"^{name}.*: .*{words}"):
+        LayerState.bind(weights, layout, pages)

@@ -27,9 +27,10 @@ def test_large_window_or_cache_is_full_attention(sizes, mixing):
     torch.testing.assert_close(problem.reference()[0], full_attention(problem), **EXACT)
 
 
-def test_no_cache_with_lolcats_mixing_is_lolcats():
-    """arXiv 2410.10254 eq. 6: window softmax and linear attention, one denominator."""
-    problem = make_problem(37, config(sparse_cache_size=0, mixing="lolcats", update_interval=8))
+@pytest.mark.parametrize("mixing", ["lola", "lolcats"])
+def test_without_a_cache_window_and_linear_attention_share_a_denominator(mixing):
+    """LoLCATs: arXiv 2410.10254 eq. 6. LoLA: raw exponentials, and 1 - g for the linear part."""
+    problem = make_problem(37, config(sparse_cache_size=0, mixing=mixing, update_interval=8))
     out, _ = problem.reference()
     q, k, v = problem.q, problem.k, problem.v
     for t in (7, 8, 16, 24, 36):
@@ -37,24 +38,12 @@ def test_no_cache_with_lolcats_mixing_is_lolcats():
         for h in range(6):
             z = k[start : t + 1, h // 3] @ q[t, h] / 4
             g = problem.window_factors[h].double().sigmoid()
-            w = g * (z - z.max()).exp()
+            largest, rest = (z.max(), 1) if mixing == "lolcats" else (0, 1 - g)
+            w = g * (z - largest).exp()
             phi_q = feature_map(q[t, h], problem.feature_map_q[h])
-            lin = feature_map(k[:start, h // 3], problem.feature_map_k[h // 3]) @ phi_q
+            lin = rest * feature_map(k[:start, h // 3], problem.feature_map_k[h // 3]) @ phi_q
             y = (w @ v[start : t + 1, h // 3] + lin @ v[:start, h // 3]) / (w.sum() + lin.sum())
             torch.testing.assert_close(out[t, h], y, **EXACT)
-
-
-def test_lola_mixing_is_the_common_denominator_of_raw_exponentials():
-    problem = make_problem(33, config(sparse_cache_size=0, update_interval=8))
-    out, _ = problem.reference()
-    t, h = 32, 4
-    z = problem.k[24 : t + 1, 1] @ problem.q[t, h] / 4
-    g = problem.window_factors[h].double().sigmoid()
-    w = g * z.exp()
-    phi_q = feature_map(problem.q[t, h], problem.feature_map_q[h])
-    lin = (1 - g) * feature_map(problem.k[:24, 1], problem.feature_map_k[1]) @ phi_q
-    y = (w @ problem.v[24 : t + 1, 1] + lin @ problem.v[:24, 1]) / (w.sum() + lin.sum())
-    torch.testing.assert_close(out[t, h], y, **EXACT)
 
 
 @pytest.mark.parametrize("interval", [1, 3, 8, 11])

@@ -1,7 +1,5 @@
 """Sliding layers: what each back end answers from a ring is softmax attention under a mask."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor
@@ -44,7 +42,7 @@ def masked(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 @pytest.mark.parametrize("window", [2, W, 300])
 @pytest.mark.parametrize("name", ["sliding", "portable", "chosen"])
-def test_any_split_gives_masked_softmax(name: str, window: int) -> None:
+def test_any_split_gives_masked_softmax(name, window):
     """Beside a row of padding, which neither reads nor writes a page."""
     layer = make(torch.float32, window)
     ops = {"sliding": TORCH, "portable": PORTABLE}.get(name)
@@ -71,7 +69,7 @@ def test_any_split_gives_masked_softmax(name: str, window: int) -> None:
     assert (layer.pages[[0, 1, 3]] == 255).all()
 
 
-def test_gradients_flow_through_whole_sequences() -> None:
+def test_gradients_flow_through_whole_sequences():
     torch.manual_seed(1)
     q, k, v = (torch.randn(300, h, D, dtype=torch.float64, requires_grad=True) for h in (HQ, 2, 2))
     heads = [x.transpose(0, 1)[None] for x in (q, k, v)]

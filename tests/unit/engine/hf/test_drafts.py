@@ -1,10 +1,7 @@
 """Tokens that a cache forgets, and assisted decoding, which lives on it."""
 
-from __future__ import annotations
-
 import copy
 import random
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +20,7 @@ NEW = 100
 
 
 @pytest.fixture(scope="module", params=[0, 16], ids=["", "shifts"])
-def model(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def model(request, tmp_path_factory) -> Any:
     """In float64; with context shifts, some of them within an answer."""
     lola = {**LOLA, "context_shift": request.param}
     length = 64 if request.param else 4096
@@ -37,7 +34,7 @@ def read(model: Any, ids: torch.Tensor, cache: LolaCache | None = None, **inputs
 
 
 @pytest.mark.parametrize("at", [41, 44, 47, 57, 60])
-def test_a_cache_forgets_what_it_read_since_an_update(model: Any, at: int) -> None:
+def test_a_cache_forgets_what_it_read_since_an_update(model, at):
     ids, others = (torch.tensor(random_prompts([120, 120], seed=s)) for s in (1, 2))
     cache = read(model, ids[:, :at]).past_key_values
     kept = copy.deepcopy(cache)
@@ -49,7 +46,7 @@ def test_a_cache_forgets_what_it_read_since_an_update(model: Any, at: int) -> No
     torch.testing.assert_close(after, expected, **CLOSE)
 
 
-def test_what_cannot_be_forgotten_is_refused_and_changes_nothing(model: Any) -> None:
+def test_what_cannot_be_forgotten_is_refused_and_changes_nothing(model):
     ids = torch.tensor(random_prompts([50, 50]))
     cache = read(model, ids).past_key_values
     for count, words in (
@@ -69,7 +66,7 @@ def test_what_cannot_be_forgotten_is_refused_and_changes_nothing(model: Any) -> 
         cache.crop(-1)
 
 
-def test_a_cache_does_not_go_back_across_a_context_shift(tmp_path: Path) -> None:
+def test_a_cache_does_not_go_back_across_a_context_shift(tmp_path):
     lola = {**LOLA, "update_interval": 24, "context_shift": 16}
     directory = make_tiny(tmp_path, lola, max_position_embeddings=64)
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
@@ -91,9 +88,7 @@ def stock() -> Any:
 
 @pytest.mark.parametrize("padding", [0, 5])
 @pytest.mark.parametrize("by", ["lookup", "assistant"])
-def test_assisted_decoding_changes_no_token(
-    model: Any, by: str, padding: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_assisted_decoding_changes_no_token(model, by, padding, monkeypatch):
     (prompt,) = random_prompts([41], seed=3)
     ids = torch.tensor([[7] * padding + prompt])
     mask = torch.tensor([[0] * padding + [1] * len(prompt)])
@@ -122,7 +117,7 @@ def test_assisted_decoding_changes_no_token(
         assert len(calls) < 0.7 * NEW and sum(calls[1:]) > 1.1 * NEW  # accepted, and rejected
 
 
-def test_a_sliding_layer_forgets_nothing_and_checks_no_candidates(tmp_path: Path) -> None:
+def test_a_sliding_layer_forgets_nothing_and_checks_no_candidates(tmp_path):
     make_base(tmp_path / "base", "olmo3")
     init_checkpoint(tmp_path / "base", tmp_path / "lola", {"window_size": 8})
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "lola").eval()

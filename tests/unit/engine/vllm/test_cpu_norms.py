@@ -1,7 +1,5 @@
 """vLLM's C++ norms on a CPU: what they give, and whose choice it is."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from vllm.config.kernel import IrOpPriorityConfig
@@ -10,7 +8,7 @@ from vllm.ir.op import IrOp
 from lola_vllm.engine.vllm.cpu_norms import NORMS, prefer_cpp_norms
 
 
-def test_norms_are_done_by_the_cpp_op_unless_the_user_chose() -> None:
+def test_norms_are_done_by_the_cpp_op_unless_the_user_chose():
     priorities = IrOpPriorityConfig.with_default(["native"], rms_norm=["native", NORMS])
     prefer_cpp_norms(priorities)
     assert priorities.rms_norm == ["native", NORMS]
@@ -20,7 +18,7 @@ def test_norms_are_done_by_the_cpp_op_unless_the_user_chose() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [96, 100])
-def test_they_give_what_plain_torch_does(dtype: torch.dtype, size: int) -> None:
+def test_they_give_what_plain_torch_does(dtype, size):
     prefer_cpp_norms(IrOpPriorityConfig.with_default(["native"]))
     torch.manual_seed(0)
     x, residual, weight = torch.randn(5, size), torch.randn(5, size), torch.randn(size)

@@ -30,17 +30,22 @@ def support(device_type):
     return LolaMetadataBuilder.get_cudagraph_support(config, None)
 
 
-@pytest.mark.parametrize("wanted", [None, "piecewise"])
-def test_attention_stays_outside_of_graphs_unless_asked(monkeypatch, wanted):
+@pytest.mark.parametrize(
+    ("wanted", "device", "found"),
+    [
+        *(
+            (wanted, device, "NEVER")
+            for wanted in (None, "piecewise")
+            for device in ("cuda", "cpu")
+        ),
+        ("full", "cuda", "UNIFORM_SINGLE_TOKEN_DECODE"),
+    ],
+)
+def test_attention_stays_outside_of_graphs_unless_asked(monkeypatch, wanted, device, found):
     monkeypatch.delenv(GRAPHS_ENV, raising=False)
     if wanted:
         monkeypatch.setenv(GRAPHS_ENV, wanted)
-    assert support("cuda") == support("cpu") == AttentionCGSupport.NEVER
-
-
-def test_steps_of_single_tokens_can_be_captured_on_a_gpu(monkeypatch):
-    monkeypatch.setenv(GRAPHS_ENV, "full")
-    assert support("cuda") == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    assert support(device) == AttentionCGSupport[found]
 
 
 @pytest.mark.parametrize(
@@ -137,27 +142,35 @@ def test_a_new_prompt_of_one_token_takes_its_own_state_in_a_graph():
     assert replayed.seq_lens.tolist() == [702, 1, 0, 0]
 
 
-@pytest.mark.parametrize("mode", [CUDAGraphMode.NONE, CUDAGraphMode.FULL_DECODE_ONLY])
-def test_decodes_that_are_due_are_shifted_before_a_graph_replays(mode):
+@pytest.mark.parametrize(
+    ("mode", "drafts", "query_lens"),
+    [
+        (CUDAGraphMode.NONE, 0, [1, 1, 1, 1]),
+        (CUDAGraphMode.FULL_DECODE_ONLY, 0, [1, 1, 1, 1]),
+        (CUDAGraphMode.NONE, 2, [3, 1, 2, 1]),
+    ],
+    ids=["plain", "graph", "drafts"],
+)
+def test_decodes_that_are_due_are_shifted_before_their_known_token(mode, drafts, query_lens):
     """Once, and no other page: not before, not at other counts, not that of padding."""
     config = LolaConfig(window_size=8, sparse_cache_size=5, update_interval=4)
     problem = make_problem(80, config, schedule=ShiftSchedule(64, 16))
     state = problem.state(num_pages=8)
-    for state_index, count in ((5, 64), (3, 65), (4, 63), (6, 80)):
+    rows, counts = [5, 3, 4, 6], [64, 65, 63, 80]
+    for state_index, count in zip(rows, counts, strict=True):
         prefill(portable, problem, state, 0, count, state_index)
-    before = state.pages.clone()
-    expected = state.pages.clone()
+    before, expected = state.pages.clone(), state.pages.clone()
+    other = problem.bind(expected)
     for state_index, count in ((5, 64), (6, 80)):
-        other = problem.bind(expected)
         context_shift.shift_layers([other], torch.tensor([state_index]), torch.tensor([count]))
-    b = builder(mode, 16, state)
-    b.build(0, step([NULL] * 4, [1] * 4, [64] * 4))  # as a capture has it
-    assert torch.equal(state.pages, before)
-    m = b.build(0, step([5, 3, 4, 6], [1] * 4, [64, 65, 63, 80], padded_to=6))
+    b = builder(mode, 16, state, drafts)
+    if not drafts:
+        b.build(0, step([NULL] * 4, [1] * 4, [64] * 4))  # as a capture has it
+        assert torch.equal(state.pages, before)
+    m = b.build(0, step(rows, query_lens, counts, padded_to=None if drafts else 6))
     assert m.num_prefills == 0
     assert torch.equal(state.pages, expected)
-    changed = (state.pages != before).any(1).nonzero().squeeze(1).tolist()
-    assert changed == [5, 6]
+    assert (state.pages != before).any(1).nonzero().squeeze(1).tolist() == [5, 6]
 
 
 @pytest.mark.parametrize("mode", [CUDAGraphMode.NONE, CUDAGraphMode.FULL_DECODE_ONLY])
@@ -186,16 +199,3 @@ def test_drafts_are_decoded_one_behind_the_other():
     assert m.prefill_batch.context_lens.tolist() == [0]
     without = b.build(0, step([3, 6], [1, 1], [701, 30]))
     assert without.query_start_loc_d_cpu is None and without.num_decodes == 2
-
-
-def test_a_row_with_drafts_is_shifted_once_before_its_known_token():
-    config = LolaConfig(window_size=8, sparse_cache_size=5, update_interval=4)
-    problem = make_problem(80, config, schedule=ShiftSchedule(64, 16))
-    state = problem.state(num_pages=8)
-    for state_index, count in ((5, 64), (3, 63)):
-        prefill(portable, problem, state, 0, count, state_index)
-    expected = state.pages.clone()
-    other = problem.bind(expected)
-    context_shift.shift_layers([other], torch.tensor([5]), torch.tensor([64]))
-    builder(CUDAGraphMode.NONE, 16, state, drafts=2).build(0, step([5, 3], [3, 2], [64, 63]))
-    assert torch.equal(state.pages, expected)

@@ -61,16 +61,13 @@ def test_a_busy_reader_of_vllms_queue_looks_at_its_wake_ups():
         theirs.destroy(linger=0)
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.1", "0.33.0"])
-def test_supported_versions(version):
-    check_vllm_version(version)
-
-
-@pytest.mark.parametrize("version", ["0.31.0", "0.34.0", "1.0"])
-def test_unsupported_versions_are_named_with_the_range(version):
-    with pytest.raises(UnsupportedVllmError) as error:
+def test_versions_that_are_not_supported_are_named_with_the_range():
+    for version in ("0.32.0", "0.32.0+cpu", "0.32.1", "0.33.0"):
         check_vllm_version(version)
-    assert version in str(error.value) and str(SUPPORTED) in str(error.value)
+    for version in ("0.31.0", "0.34.0", "1.0"):
+        with pytest.raises(UnsupportedVllmError) as error:
+            check_vllm_version(version)
+        assert version in str(error.value) and str(SUPPORTED) in str(error.value)
 
 
 def test_an_unsupported_version_is_logged_and_breaks_no_other_model(monkeypatch, caplog):

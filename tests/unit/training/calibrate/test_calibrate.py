@@ -1,7 +1,5 @@
 """Sizes of the sparse caches, and importance, measured on text."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json
@@ -49,13 +47,13 @@ from tests.unit.training.distill.test_distill import write_base
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
+def base(tmp_path) -> Path:
     """Its tokens are letters: token i is chr(33 + i), if i < 64."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "head_dim": 8}
     return write_base(tmp_path / "base", **sizes, max_position_embeddings=2048)
 
 
-def test_pairs_are_as_good_as_any_other_choice() -> None:
+def test_pairs_are_as_good_as_any_other_choice():
     generator = torch.Generator().manual_seed(8)
     attention = [torch.rand(8, generator=generator).sort(descending=True).values for _ in range(3)]
     for total in range(6, 20):
@@ -70,7 +68,7 @@ def test_pairs_are_as_good_as_any_other_choice() -> None:
         assert found == pytest.approx(best)
 
 
-def test_what_adds_nothing_goes_to_all_alike() -> None:
+def test_what_adds_nothing_goes_to_all_alike():
     assert divide([torch.tensor([1.0, 0]), torch.zeros(3), torch.zeros(2)], 12, 1) == [4, 4, 4]
     assert divide([torch.tensor([1.0, 1]), torch.zeros(3), torch.zeros(2)], 12, 1) == [5, 4, 3]
     assert divide([torch.zeros(0)] * 3, 8, 1) == [3, 3, 2]
@@ -89,7 +87,7 @@ def _gains(facts: list[list[float]], plain: list[list[float]]) -> AttentionGains
     return AttentionGains([read(facts, True), read(plain, False), read(facts, True)], None)
 
 
-def test_gains_are_the_attention_by_rank() -> None:
+def test_gains_are_the_attention_by_rank():
     generator = torch.Generator().manual_seed(9)
     reads = [
         PromptReads(torch.randn(2, n, 3, generator=generator).half(),
@@ -105,20 +103,20 @@ def test_gains_are_the_attention_by_rank() -> None:
             torch.testing.assert_close(kind[:, :pairs].sum(1).float(), kept)
 
 
-def test_sizes_are_of_heads() -> None:
+def test_sizes_are_of_heads():
     first = _gains([[8.0, 3, 2, 0], [0, 0, 0, 0]], [[0.0, 0, 0, 0]] * 2)
     second = _gains([[1.0, 1, 0, 0], [6.0, 5, 4, 3]], [[0.0, 0, 0, 0]] * 2)
     assert divide_among([first, second], 2, 0) == [[3, 0], [1, 4]]
     assert divide_among([first, second], 2, 1) == [[2, 1], [1, 4]]
 
 
-def test_plain_text_weighs_less_than_facts_among_sizes() -> None:
+def test_plain_text_weighs_less_than_facts_among_sizes():
     """Both sum to one; the second head's first pair adds 0.7 of plain text, halved."""
     gains = _gains([[6.0, 4, 0], [0, 0, 0]], [[0.0, 0, 0], [7.0, 3, 0]])
     assert PLAIN < 1 and divide_among([gains], 1, 0) == [[2, 0]]
 
 
-def test_plain_text_weighs_less_than_facts_in_the_fit() -> None:
+def test_plain_text_weighs_less_than_facts_in_the_fit():
     """What facts and what plain text ask for are opposites: facts win."""
     reads = []
     for i, one in enumerate(_reads(40)):
@@ -130,7 +128,7 @@ def test_plain_text_weighs_less_than_facts_in_the_fit() -> None:
     assert (slopes > 0.01).all() and (swapped < -0.01).all()
 
 
-def test_held_out_documents_are_not_read(tmp_path: Path, base: Path) -> None:
+def test_held_out_documents_are_not_read(tmp_path, base):
     """They are for measuring. Here they are of one letter, and all others of other letters."""
     generator = torch.Generator().manual_seed(3)
     drawn = torch.randint(1, 64, (40, 400), generator=generator).tolist()
@@ -149,7 +147,7 @@ def test_held_out_documents_are_not_read(tmp_path: Path, base: Path) -> None:
         draw_prompts(path, tokenizer, options)
 
 
-def test_attention_is_what_transformers_reports(base: Path) -> None:
+def test_attention_is_what_transformers_reports(base):
     import transformers
 
     class Kept:
@@ -174,7 +172,7 @@ def test_attention_is_what_transformers_reports(base: Path) -> None:
         torch.testing.assert_close(found, expected[0, :, [3, 50, 69]], rtol=1e-4, atol=1e-6)
 
 
-def test_far_attention_is_the_largest_from_far_behind() -> None:
+def test_far_attention_is_the_largest_from_far_behind():
     generator = torch.Generator().manual_seed(3)
     weights = torch.rand(4, 150, 150, generator=generator)
     queries = torch.tensor([5, 130, 140, 149])
@@ -187,7 +185,7 @@ def test_far_attention_is_the_largest_from_far_behind() -> None:
 
 
 @pytest.mark.parametrize("state_heads", [2, 4])
-def test_errors_are_those_in_a_state_of_all_other_pairs(state_heads: int) -> None:
+def test_errors_are_those_in_a_state_of_all_other_pairs(state_heads):
     generator = torch.Generator().manual_seed(6)
     k, v = torch.randn(2, 2, 9, 8, generator=generator, dtype=torch.float64)
     maps = torch.randn(state_heads, 8, 5, generator=generator, dtype=torch.float64)
@@ -207,7 +205,7 @@ def test_errors_are_those_in_a_state_of_all_other_pairs(state_heads: int) -> Non
             torch.testing.assert_close(found[head, token], expected, rtol=1e-5, atol=1e-7)
 
 
-def test_tokens_of_facts_that_are_asked_for() -> None:
+def test_tokens_of_facts_that_are_asked_for():
     text = [*range(100, 140), 7, 8, 9, *range(140, 200)]
     ids = [*text, 50, 7, 8, 9, 51, 60, 61]
     marks = [False] * (len(text) + 1) + [True] * 3 + [False] + [True] * 2
@@ -231,7 +229,7 @@ def _reads(number: int, heads: int = 2, tokens: int = 400) -> list[PromptReads]:
     return found
 
 
-def test_the_fit_finds_what_is_read() -> None:
+def test_the_fit_finds_what_is_read():
     fitted, judged = parted(_reads(50))
     assert (len(fitted), len(judged)) == (40, 10)
     sizes = [40, 12]
@@ -256,7 +254,7 @@ def test_the_fit_finds_what_is_read() -> None:
     assert fit(fitted, sizes).equal(weights) and not fit(fitted, sizes, 1).equal(weights)
 
 
-def test_plain_text_is_read_anywhere_and_facts_where_they_are(base: Path) -> None:
+def test_plain_text_is_read_anywhere_and_facts_where_they_are(base):
     import transformers
 
     transformers.AttentionInterface.register(ATTENTION, attention)
@@ -283,7 +281,7 @@ def test_plain_text_is_read_anywhere_and_facts_where_they_are(base: Path) -> Non
 
 
 @pytest.fixture
-def texts(tmp_path: Path) -> Path:
+def texts(tmp_path) -> Path:
     """Documents that say a third of themselves twice."""
     generator = torch.Generator().manual_seed(2)
     documents = []
@@ -302,9 +300,7 @@ def _importance(model: Path) -> list[torch.Tensor]:
         return [file.get_tensor(f"model.layers.{i}.self_attn.importance") for i in range(3)]
 
 
-def test_command_writes_sizes_and_importance(
-    base: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_writes_sizes_and_importance(base, texts, tmp_path, capsys):
     source, model = tmp_path / "lola", tmp_path / "calibrated"
     assert cli.main(["init", "--base", str(base), "--out", str(source)]) == 0
     argv = ["calibrate", "--base", str(base), "--texts", str(texts)]
@@ -344,9 +340,7 @@ def test_command_writes_sizes_and_importance(
     assert served.model.layers[1].self_attn.importance.equal(first[1])
 
 
-def test_out_is_refused_before_anything_is_read(
-    base: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_out_is_refused_before_anything_is_read(base, texts, tmp_path, capsys):
     out, model = str(tmp_path / "out"), str(base)
     argv = ["calibrate", "--base", str(base), "--texts", str(texts), "--out"]
     for more, message in (
@@ -359,9 +353,7 @@ def test_out_is_refused_before_anything_is_read(
     assert (base / "config.json").is_file() and texts.is_dir() and not Path(out).exists()
 
 
-def test_importance_is_fitted_to_the_models_own_pairs(
-    base: Path, texts: Path, tmp_path: Path
-) -> None:
+def test_importance_is_fitted_to_the_models_own_pairs(base, texts, tmp_path):
     from lola_vllm.training.calibrate.run import calibrate
 
     other, lola = tmp_path / "other", tmp_path / "lola"
@@ -405,13 +397,7 @@ def test_importance_is_fitted_to_the_models_own_pairs(
         ({"dtype": "int8"}, "dtype = 'int8': must be one of float32, bfloat16"),
     ],
 )
-def test_bad_options_are_named(
-    base: Path,
-    texts: Path,
-    capsys: pytest.CaptureFixture[str],
-    options: dict[str, float],
-    message: str,
-) -> None:
+def test_bad_options_are_named(base, texts, capsys, options, message):
     argv = ["calibrate", "--base", str(base), "--texts", str(texts)]
     assert cli.main([*argv, "--recipe", json.dumps(options)]) == 2
     assert message in capsys.readouterr().err

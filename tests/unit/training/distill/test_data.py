@@ -1,11 +1,11 @@
 """Training rows: which documents they hold, in which order, and the retrieval prompts."""
 
-from __future__ import annotations
-
 import json
 import logging
 import random
+import re
 import types
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from lola_vllm.training.distill import retrieval_facts
 from lola_vllm.training.distill.data import DataError, RowOptions, TrainingRows, training_rows
 from lola_vllm.training.distill.retrieval import RetrievalError, retrieval_row
+from lola_vllm.training.distill.retrieval_facts import Exchange, HiddenFacts, draw_asked
 from lola_vllm.training.distill.retrieval_words import SENTENCES
 from lola_vllm.training.texts import SEPARATOR, TextsError, is_held_out
 
@@ -74,9 +76,7 @@ def decoded(rows: TrainingRows, tokenizer: PreTrainedTokenizerFast) -> list[str]
 # --- rows of text
 
 
-def test_rows_are_the_shuffled_documents_without_held_out_ones(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_rows_are_the_shuffled_documents_without_held_out_ones(tmp_path, tokenizer):
     texts = documents("d", 200)
     path = write_text(tmp_path / "a.txt", texts)
     rows = training_rows([path], tokenizer, RowOptions(row_length=32, num_rows=60))
@@ -93,9 +93,7 @@ def test_rows_are_the_shuffled_documents_without_held_out_ones(
     assert whole != kept[: len(whole)]
 
 
-def test_seed_decides_and_the_path_does_not(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_seed_decides_and_the_path_does_not(tmp_path, tokenizer):
     (tmp_path / "other").mkdir()
     one = write_text(tmp_path / "a.txt", documents("d", 100))
     two = write_text(tmp_path / "other" / "b", documents("d", 100))
@@ -110,9 +108,7 @@ def test_seed_decides_and_the_path_does_not(
     assert all((a != b).any() for a, b in zip(first.tokens, other.tokens, strict=True))
 
 
-def test_sources_take_turns_until_one_is_used_up(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_sources_take_turns_until_one_is_used_up(tmp_path, tokenizer, caplog):
     def made_of(word: str, count: int) -> list[str]:
         return [f"{word} " * (40 + at % 7) for at in range(count)]
 
@@ -133,9 +129,7 @@ def test_sources_take_turns_until_one_is_used_up(
     assert not caplog.records
 
 
-def test_too_little_text_is_repeated_with_a_warning(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_too_little_text_is_repeated_with_a_warning(tmp_path, tokenizer, caplog):
     texts = [text for text in documents("d", 12) if not is_held_out(text)]
     path = write_text(tmp_path / "a.txt", texts)
     with caplog.at_level(logging.WARNING):
@@ -153,9 +147,7 @@ def test_too_little_text_is_repeated_with_a_warning(
 # --- chats and data sets
 
 
-def test_jsonl_chats_go_through_the_template(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_jsonl_chats_go_through_the_template(tmp_path, tokenizer):
     chats = [
         {"messages": [{"role": "user", "content": f"say {at}"}, {"role": "bot", "content": "no"}]}
         for at in range(40)
@@ -178,15 +170,13 @@ def refused(sources: list[Any], tokenizer: PreTrainedTokenizerFast, words: str) 
     ("line", "message"),
     [("{no", r"a\.jsonl: no JSON lines"), ('{"text": [5]}', r"a\.jsonl: no JSON lines")],
 )
-def test_jsonl_errors_name_the_file(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, line: str, message: str
-) -> None:
+def test_jsonl_errors_name_the_file(tmp_path, tokenizer, line, message):
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"text": "fine"}}\n\n{line}\n')
     refused([path], tokenizer, message)
 
 
-def test_chats_need_a_template_that_takes_them(tmp_path: Path) -> None:
+def test_chats_need_a_template_that_takes_them(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "hi"}]}])
     refused([path], make_tokenizer(template=None), r"a\.jsonl, row 0: .* no chat template")
     refuses = make_tokenizer(template="{{ raise_exception('no such role') }}")
@@ -194,7 +184,7 @@ def test_chats_need_a_template_that_takes_them(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[dict[str, Any]]], list[tuple[Any, ...]]]:
+def hub(monkeypatch) -> Callable[[list[dict[str, Any]]], list[tuple[Any, ...]]]:
     """Put a data set where `load_dataset` finds it; returns the list of its calls."""
     import datasets
 
@@ -211,7 +201,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[dict[str, Any]]], lis
     return put
 
 
-def test_dataset_names(tokenizer: PreTrainedTokenizerFast, hub: Any) -> None:
+def test_dataset_names(tokenizer, hub):
     options = RowOptions(row_length=32, num_rows=10)
     calls = hub([{"text": text, "id": 1} for text in documents("d", 100)])
     rows = training_rows(["owner/name:config", "name"], tokenizer, options)
@@ -222,9 +212,7 @@ def test_dataset_names(tokenizer: PreTrainedTokenizerFast, hub: Any) -> None:
     assert "<eos><user>say" in decoded(training_rows(["name"], tokenizer, options), tokenizer)[0]
 
 
-def test_dataset_refusals(
-    tokenizer: PreTrainedTokenizerFast, hub: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dataset_refusals(tokenizer, hub, monkeypatch):
     import datasets
 
     hub([{"prompt": "x", "id": 1}])
@@ -246,7 +234,7 @@ def test_dataset_refusals(
 # --- refusals
 
 
-def test_sources_without_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_sources_without_text(tmp_path, tokenizer):
     refused([], tokenizer, "no source")
     held_out = [text for text in documents("d", 100) if is_held_out(text)]
     path = write_text(tmp_path / "a.txt", held_out)
@@ -280,7 +268,7 @@ def answer_runs(tokens: list[int], marks: list[bool], tokenizer: Any) -> list[tu
 
 
 @pytest.mark.parametrize("length", [128, 700])
-def test_answers_are_facts_from_further_up(tokenizer: PreTrainedTokenizerFast, length: int) -> None:
+def test_answers_are_facts_from_further_up(tokenizer, length):
     depths, counts, chats, endings, kinds = [], set(), 0, [], set()
     prose = "Some day soon, they said! " + " ".join(f"Line number {at} ends." for at in range(5000))
     for seed in range(150):
@@ -311,9 +299,7 @@ def test_answers_are_facts_from_further_up(tokenizer: PreTrainedTokenizerFast, l
 
 
 @pytest.mark.parametrize("fraction", [0.29, 1.0])
-def test_share_of_retrieval_rows_is_exact_and_spread(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, fraction: float
-) -> None:
+def test_share_of_retrieval_rows_is_exact_and_spread(tmp_path, tokenizer, fraction):
     path = write_text(tmp_path / "a.txt", documents("d", 300))
     options = RowOptions(row_length=256, num_rows=100, retrieval_fraction=fraction)
     rows = training_rows([path], tokenizer, options)
@@ -329,7 +315,7 @@ def test_share_of_retrieval_rows_is_exact_and_spread(
     assert names and not names & held_out
 
 
-def test_retrieval_refusals(tmp_path: Path) -> None:
+def test_retrieval_refusals(tmp_path):
     slow: Any = types.SimpleNamespace(is_fast=False)
     with pytest.raises(RetrievalError, match=r"need a fast tokenizer \(tokenizer\.json\)"):
         retrieval_row(slow, 256, random.Random(0))
@@ -342,3 +328,66 @@ def test_retrieval_refusals(tmp_path: Path) -> None:
     for template in ("{{ raise_exception('system first') }}", "{{ messages[0].content }}"):
         with pytest.raises(DataError, match="chat template does not render a plain conversation"):
             training_rows([path], make_tokenizer(template=template), options)
+
+
+def draw(form: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> HiddenFacts:
+    monkeypatch.setattr(retrieval_facts, "FORMS", {form: 1.0})
+    return draw_asked(random.Random(seed), is_chat=seed % 2 == 0, few=False)
+
+
+def values_of(turn: Exchange) -> list[str]:
+    return [turn.values[start:end] for start, end in turn.spans]
+
+
+def last_number(text: str) -> str:
+    return "".join(letter if letter.isdigit() else " " for letter in text).split()[-1]
+
+
+def key_of(statement: str, said: str) -> str:
+    """The key of a fact's sentence, which the question names."""
+    for template in retrieval_facts._STATEMENTS:
+        pattern = re.escape(template)
+        for name in ("label", "key", "value"):
+            pattern = pattern.replace(rf"\{{{name}\}}", f"(?P<{name}>.+)")
+        found = re.fullmatch(pattern, statement)
+        if found and found["key"] in said:
+            return found["key"]
+    raise AssertionError(statement)
+
+
+def test_a_chain_leads_from_its_number_to_each_of_its_names(monkeypatch):
+    lengths, others = Counter[int](), 0
+    for seed in range(300):
+        asked = draw("chain", seed, monkeypatch)
+        (turn,) = asked.turns
+        names = values_of(turn)
+        assert len(set(names)) == len(names)
+        first, *further = [next(s for s in asked.statements if name in s) for name in names]
+        number = last_number(first)
+        assert number in turn.question + turn.answer
+        for statement, name, before in zip(further, names[1:], names[:-1], strict=True):
+            assert name in statement and before in statement and number not in statement
+        places = [asked.statements.index(statement) for statement in (first, *further)]
+        assert places == sorted(set(places)), (seed, asked)
+        rest = [s for s in asked.statements if s not in (first, *further)]
+        assert not any(number in statement for statement in rest)
+        assert not any(name in statement for name in names for statement in rest)
+        lengths[len(names)] += 1
+        others += bool(rest)
+    assert set(lengths) == {2, 3, 4, 5} and min(lengths.values()) > 30
+    assert 100 < others < 200
+
+
+def test_several_keys_have_one_answer_in_the_order_of_the_question(monkeypatch):
+    counts = Counter[int]()
+    for seed in range(200):
+        asked = draw("several keys", seed, monkeypatch)
+        (turn,) = asked.turns
+        said = turn.question + turn.answer
+        places = [
+            said.index(key_of(next(s for s in asked.statements if value in s), said))
+            for value in values_of(turn)
+        ]
+        assert places == sorted(set(places)), (seed, asked)
+        counts[len(places)] += 1
+    assert set(counts) == {2, 3, 4} and counts[4] > 20

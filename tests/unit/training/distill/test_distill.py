@@ -1,11 +1,11 @@
 """Distillation on a tiny random Llama: it learns, resumes to the same bits, and refuses clearly."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,12 +82,12 @@ def write_base(folder: Path, family: str = "llama", **changes: object) -> Path:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(tmp_path_factory) -> Path:
     return write_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text(tmp_path_factory) -> Path:
     generator = torch.Generator().manual_seed(0)
     words = ["river", "stone", "and", "the", "blue", "seven", "runs", "over", "night", "it"]
     picks = torch.randint(len(words), (4000,), generator=generator).tolist()
@@ -97,7 +97,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(base: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(base, text, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("out") / "lola"
     distill(base, [str(text)], out, OPTIONS)
     return out
@@ -116,7 +116,7 @@ def divergence(model: object, text: Path) -> float:
     return float((wanted.exp() * (wanted - got)).sum(-1).mean())
 
 
-def test_it_learns(trained: Path, base: Path, text: Path) -> None:
+def test_it_learns(trained, base, text):
     work = trained.with_name("lola.training")
     losses = json.loads((work / "distill.json").read_text())["losses"]
     assert [len(curve) for curve in losses["transfer"]] == [96, 96]
@@ -130,9 +130,7 @@ def test_it_learns(trained: Path, base: Path, text: Path) -> None:
 
 
 @pytest.mark.parametrize("rate", [0.0, 5.0])
-def test_window_factors_have_steps_of_their_own(
-    rate: float, base: Path, text: Path, tmp_path: Path
-) -> None:
+def test_window_factors_have_steps_of_their_own(rate, base, text, tmp_path):
     """They begin with logit 0. Adam's first step is the learning rate, whatever the gradient."""
     once = dict(rows=1, steps_per_row=1, lora_rows=0, learning_rate=1e-3)
     options = dataclasses.replace(OPTIONS, window_factor_rate=rate, **once)
@@ -145,7 +143,7 @@ def test_window_factors_have_steps_of_their_own(
         assert 0 < moved.abs().max() < 2e-3
 
 
-def test_the_checkpoint_holds_what_was_trained(trained: Path, base: Path) -> None:
+def test_the_checkpoint_holds_what_was_trained(trained, base):
     config = json.loads((trained / "config.json").read_text())
     expected = {**LOLA, "mixing": "lola"}
     assert {key: config["lola_config"][key] for key in expected} == expected
@@ -164,9 +162,7 @@ def test_the_checkpoint_holds_what_was_trained(trained: Path, base: Path) -> Non
     torch.testing.assert_close(tensors[f"{q_proj}.weight"], merged)
 
 
-def test_a_run_that_was_cut_off_ends_with_the_same_bits(
-    trained: Path, base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_was_cut_off_ends_with_the_same_bits(trained, base, text, tmp_path, monkeypatch):
     from lola_vllm.training.distill import finetune, transfer
 
     out = tmp_path / "lola"
@@ -215,7 +211,7 @@ GO_ON = dataclasses.replace(
 
 
 @pytest.fixture(scope="module")
-def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def calibration(tmp_path_factory) -> Path:
     generator = torch.Generator().manual_seed(5)
     size = importance_size(6)
     importance = {i: torch.randn(2, size, generator=generator) for i in range(len(SIZES))}
@@ -226,8 +222,8 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_going_on_with_the_sizes_and_the_importance_of_a_calibration(
-    trained: Path, base: Path, text: Path, calibration: Path, tmp_path: Path
-) -> None:
+    trained, base, text, calibration, tmp_path
+):
     """The second head of the first layer folds nothing of a row."""
     from transformers import AutoModelForCausalLM
 
@@ -260,9 +256,7 @@ def test_going_on_with_the_sizes_and_the_importance_of_a_calibration(
         assert not torch.allclose(student(ids).logits, served(ids).logits, atol=1e-2)
 
 
-def test_a_share_of_what_the_adapters_add_is_kept(
-    trained: Path, base: Path, text: Path, calibration: Path, tmp_path: Path
-) -> None:
+def test_a_share_of_what_the_adapters_add_is_kept(trained, base, text, calibration, tmp_path):
     work, found = trained.with_name("lola.training"), {}
     for kept in (1.0, 0.25):
         out = tmp_path / f"lola-{kept:g}"
@@ -274,7 +268,7 @@ def test_a_share_of_what_the_adapters_add_is_kept(
         assert torch.equal(found[0.25][name], whole * share), name
 
 
-def test_answers_and_so_many_other_tokens_are_compared() -> None:
+def test_answers_and_so_many_other_tokens_are_compared():
     from lola_vllm.training.distill.finetune import _compared
 
     answers = torch.zeros(50, dtype=torch.bool)
@@ -295,7 +289,7 @@ def test_answers_and_so_many_other_tokens_are_compared() -> None:
         ({"window_size": 8, "sparse_cache_size": 0, "update_interval": 3}, 10),
     ],
 )
-def test_the_least_row_that_folds(lola: dict[str, int], least: int) -> None:
+def test_the_least_row_that_folds(lola, least):
     """By the layout's own count of folded pairs, as the row's last query sees it."""
     config = LolaConfig(**lola)
     layout = StateLayout.from_config(config, 1, 1, 6, 6, torch.float32)
@@ -310,7 +304,7 @@ def test_the_least_row_that_folds(lola: dict[str, int], least: int) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_with_a_long_window_every_family_answers_as_before(family: str, tmp_path: Path) -> None:
+def test_with_a_long_window_every_family_answers_as_before(family, tmp_path):
     changes = {"sliding_window": None} if family == "mistral" else {}
     model = load_base(write_base(tmp_path, family, **changes), torch.float32)
     attach_maps(model, 2)
@@ -323,17 +317,21 @@ def test_with_a_long_window_every_family_answers_as_before(family: str, tmp_path
     torch.testing.assert_close(model(ids).logits, softmax)
 
 
-def test_refusals(base: Path, text: Path, trained: Path, tmp_path: Path) -> None:
-    out = tmp_path / "lola"
-
-    def refused(match: str, error: type[Exception] = CheckpointError, **keys: object) -> None:
+@pytest.fixture
+def refused(base, text, tmp_path) -> Callable[..., None]:
+    def refused(match: str, **keys: object) -> None:
+        out = Path(tempfile.mkdtemp(dir=tmp_path)) / "lola"
         arguments = {"base": base, "data": [str(text)], "out": out, "options": OPTIONS, **keys}
-        with pytest.raises(error, match=match):
+        with pytest.raises((CheckpointError, LolaConfigError), match=match):
             distill(**arguments)
         assert not out.exists()
 
+    return refused
+
+
+def test_refusals(refused, trained, tmp_path):
     refused("no such directory", base=tmp_path / "nowhere")
-    refused("windw", LolaConfigError, options=DistillOptions(lola_config={"windw": 3}))
+    refused("windw", options=DistillOptions(lola_config={"windw": 3}))
     refused("state_heads = 'both'", options=DistillOptions(state_heads="both"))
     refused("^row_length = 256: .*at least 257 tokens", options=DistillOptions(row_length=256))
     refused(
@@ -344,42 +342,32 @@ def test_refusals(base: Path, text: Path, trained: Path, tmp_path: Path) -> None
     refused("a model of type 'gpt2' cannot be the base", base=other)
     sliding = write_base(tmp_path / "mistral", "mistral", sliding_window=16)
     refused("sliding_window = 16", base=sliding)
-    work = trained.with_name("lola.training")
+    work, fewer = trained.with_name("lola.training"), dataclasses.replace(OPTIONS, rows=4)
     refused("holds an earlier run", work=work)
-    refused(
-        "another model, data or options", work=work, resume=True,
-        options=DistillOptions(
-            lola_config=LOLA, rows=4, row_length=64, dtype="float32", retrieval_fraction=0.0
-        ),
-    )  # fmt: skip
+    refused("another model, data or options", work=work, resume=True, options=fewer)
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     (damaged / "maps.safetensors").write_bytes((work / "maps.safetensors").read_bytes()[:900])
     refused("damaged", work=damaged, resume=True)
 
 
-def test_refusals_of_going_on(
-    base: Path, text: Path, trained: Path, calibration: Path, tmp_path: Path
-) -> None:
+def test_refusals_of_going_on(refused, trained, calibration, tmp_path):
     work = trained.with_name("lola.training")
 
-    def refused(match: str, error: type[Exception] = CheckpointError, **keys: object) -> None:
-        out = Path(tempfile.mkdtemp(dir=tmp_path)) / "lola"
-        options = dataclasses.replace(GO_ON, **keys.pop("changes", {}))
-        files = {"start": work, "calibration": calibration, **keys}
-        arguments = {"base": base, "data": [str(text)], "out": out, "options": options, **files}
-        with pytest.raises(error, match=match):
-            distill(**arguments)
-        assert not out.exists()
+    def not_gone_on(match: str, start: Path | None = work, **changes: Any) -> None:
+        options = dataclasses.replace(GO_ON, **changes)
+        refused(match, options=options, start=start, calibration=calibration)
 
-    refused("maps.safetensors: no such file", start=tmp_path)
-    refused("lora_A.* is .*and must be .*lora_rank", changes={"lora_rank": 3})
-    refused("lora_kept = 1.5: must be from 0 to 1", changes={"lora_kept": 1.5})
-    refused("feature_map_k.* must be .*state_heads", changes={"state_heads": "query"})
-    refused("leave out sparse_cache_size", changes={"lola_config": LOLA})
-    refused("leave out sparse_cache_size", changes={"train_sparse_caches": (0, 4)})
-    refused("lora_rows = 0", changes={"lora_rows": 0})
-    refused("lora_row_length = 12: .*sparse cache 2 and", changes={"lora_row_length": 12})
-    refused("row_length = 96: .*sparse cache 90 and", start=None)
+    not_gone_on("maps.safetensors: no such file", start=tmp_path)
+    not_gone_on("lora_A.* is .*and must be .*lora_rank", lora_rank=3)
+    not_gone_on("lora_kept = 1.5: must be from 0 to 1", lora_kept=1.5)
+    not_gone_on("feature_map_k.* must be .*state_heads", state_heads="query")
+    not_gone_on("leave out sparse_cache_size", lola_config=LOLA)
+    not_gone_on("leave out sparse_cache_size", train_sparse_caches=(0, 4))
+    not_gone_on("lora_rows = 0", lora_rows=0)
+    not_gone_on("lora_row_length = 12: .*sparse cache 2 and", lora_row_length=12)
+    not_gone_on("row_length = 96: .*sparse cache 90 and", start=None)
     deeper = write_base(tmp_path / "deeper", num_hidden_layers=3)
-    refused("2 numbers for 3 layers", LolaConfigError, base=deeper)
+    refused(
+        "2 numbers for 3 layers", base=deeper, options=GO_ON, start=work, calibration=calibration
+    )

@@ -1,6 +1,4 @@
-"""The mean of weights along a run of stage 2, and rows that grow."""
-
-from __future__ import annotations
+"""Stage 2: its loss against autograd, the mean of weights along a run, and rows that grow."""
 
 import dataclasses
 from pathlib import Path
@@ -8,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from lola_vllm.models.files import CheckpointError
-from lola_vllm.training.distill import finetune
+from lola_vllm.training.distill import finetune, loss
 from lola_vllm.training.distill.average import RunningMean
 from lola_vllm.training.distill.options import DistillOptions
 from lola_vllm.training.distill.run import distill
@@ -28,12 +27,12 @@ GROWING = dataclasses.replace(
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(tmp_path_factory) -> Path:
     return write_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "words.txt"
     path.write_text(" ".join(f"word {i * i % 97} river" for i in range(1000)))
     return path
@@ -42,7 +41,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "share, first", [(0.0, 8), (1e-9, 7), (0.25, 6), (0.5, 4), (1.0, 0)]
 )  # fmt: skip
-def test_the_mean_is_of_the_last_steps(share: float, first: int) -> None:
+def test_the_mean_is_of_the_last_steps(share, first):
     mean = RunningMean(share, 8)
     for step in range(8):
         mean.add(step, {"x": torch.tensor([float(step * step)])})
@@ -53,7 +52,7 @@ def test_the_mean_is_of_the_last_steps(share: float, first: int) -> None:
     assert got["y"].item() == 2.0
 
 
-def test_lengths_grow_by_doubling_with_as_many_tokens_each() -> None:
+def test_lengths_grow_by_doubling_with_as_many_tokens_each():
     options = DistillOptions(lora_rows=16, lora_row_length=1024, lora_last_row_length=4096)
     assert options.lora_lengths() == [(1024, 10), (2048, 4), (4096, 2)]
     assert DistillOptions(lora_rows=5, lora_row_length=64).lora_lengths() == [(64, 5)]
@@ -69,15 +68,15 @@ def test_lengths_grow_by_doubling_with_as_many_tokens_each() -> None:
         ({"lora_last_row_length": 4096, "lora_rows": 6}, "lora_rows = 6"),
     ],
 )
-def test_lengths_that_cannot_be(changes: dict[str, int], field: str) -> None:
+def test_lengths_that_cannot_be(changes, field):
     options = DistillOptions(lora_rows=16, lora_row_length=1024)
     with pytest.raises(CheckpointError, match=field):
         dataclasses.replace(options, **changes).lora_lengths()
 
 
 def test_a_run_gives_the_mean_of_its_weights_also_after_an_interruption(
-    base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    base, text, tmp_path, monkeypatch
+):
     """The weights of each step are looked at from outside, and averaged here."""
     seen: list[dict[str, torch.Tensor]] = []
     lengths: list[int] = []
@@ -116,7 +115,7 @@ def test_a_run_gives_the_mean_of_its_weights_also_after_an_interruption(
     assert all(torch.equal(lora[name], again[name]) for name in lora)
 
 
-def test_gradient_checkpointing_trains_the_same(base: Path, text: Path, tmp_path: Path) -> None:
+def test_gradient_checkpointing_trains_the_same(base, text, tmp_path):
     results = []
     for checkpointing in (False, True):
         options = dataclasses.replace(
@@ -134,3 +133,51 @@ def test_gradient_checkpointing_trains_the_same(base: Path, text: Path, tmp_path
 
 def _stop() -> None:
     raise KeyboardInterrupt
+
+
+def drawn(dtype: torch.dtype, bias: bool) -> tuple[nn.Linear, Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    head = nn.Linear(13, 101, bias=bias).to(dtype).requires_grad_(False)
+    hidden, teacher = torch.randn(2, 11, 13, dtype=dtype)
+    return head, hidden.requires_grad_(), teacher, torch.rand(11) + 0.5
+
+
+def by_autograd(head, hidden, teacher, weights):
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    said = head(hidden).to(wide).log_softmax(-1)
+    wanted = head(teacher).to(wide).log_softmax(-1)
+    each = nn.functional.kl_div(said, wanted, log_target=True, reduction="none").sum(-1)
+    return (each * weights).sum()
+
+
+@pytest.mark.parametrize("block", [1, 4, 256])
+@pytest.mark.parametrize("bias", [False, True])
+def test_loss_and_gradient_are_autograds(monkeypatch, bias, block):
+    monkeypatch.setattr(loss, "LOSS_BLOCK", block)
+    args = drawn(torch.float64, bias)
+    hidden = args[1]
+    expected = by_autograd(*args)
+    (wanted,) = torch.autograd.grad(3 * expected, hidden)
+    found = loss.token_loss(*args)
+    (gradient,) = torch.autograd.grad(3 * found, hidden)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-14)
+
+
+def test_a_teacher_that_says_the_same_costs_nothing():
+    head, hidden, _, weights = drawn(torch.float32, False)
+    found = loss.token_loss(head, hidden, hidden.detach(), weights)
+    (gradient,) = torch.autograd.grad(found, hidden)
+    assert found == 0 and gradient.abs().max() == 0
+
+
+def test_sums_are_float32_in_bfloat16_and_under_autocast():
+    head, hidden, teacher, weights = drawn(torch.bfloat16, False)
+    expected = by_autograd(head, hidden, teacher, weights)
+    (wanted,) = torch.autograd.grad(expected, hidden)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = loss.token_loss(head, hidden.float(), teacher.float(), weights)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(found, hidden)
+    torch.testing.assert_close(gradient, wanted, rtol=2e-2, atol=1e-3)
