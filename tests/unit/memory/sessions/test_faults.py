@@ -315,7 +315,7 @@ def test_files_that_are_not_ours_are_neither_used_nor_deleted(tmp_path, wrong):
         file.rename(other)
         file = other
     elif wrong == "damaged":
-        file.write_bytes(content[:64] + b"?" * 64 + content[128:])
+        file.write_bytes(content[:8] + b"?" * 64 + content[72:])  # its JSON
     else:
         file.unlink()
         file.symlink_to(tmp_path / "elsewhere")
