@@ -1,7 +1,5 @@
 """A question to a library of which a document is deleted meanwhile."""
 
-from __future__ import annotations
-
 import asyncio
 from http import HTTPStatus
 from types import SimpleNamespace
@@ -28,9 +26,7 @@ async def asked(engine: Any) -> None:
 
 @pytest.mark.parametrize("status", [HTTPStatus.NOT_FOUND, HTTPStatus.SERVICE_UNAVAILABLE])
 @pytest.mark.parametrize("deleted", ["nothing", "a document", "the library"])
-def test_it_is_told_that_a_document_is_gone(
-    monkeypatch: pytest.MonkeyPatch, status: HTTPStatus, deleted: str
-) -> None:
+def test_it_is_told_that_a_document_is_gone(monkeypatch, status, deleted):
     """Whatever notices first; what fails for another reason is told as it is."""
     documents: list[Any] | None = [{"document": "a.md", "parts": [PART]}]
 
@@ -69,43 +65,3 @@ def test_it_is_told_that_a_document_is_gone(
         assert refused.value.status_code == HTTPStatus.CONFLICT
         assert "deleted or replaced" in refused.value.detail
     assert forgotten == ["lola_unhear"]
-
-
-def test_a_question_crosses_to_the_engine_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a fourth time with its answer, which goes on from what was made."""
-    calls: list[str] = []
-    text = "It starts at two. The pump stands in hall 2."
-    made = {"session": None, "ttl": None}
-    transcript = {
-        "session": PART["session"],
-        "turn": 1,
-        "kind": "prompt",
-        "tokens": [5],
-        "tail": [],
-    }
-
-    async def sessions(method: str, **arguments: Any) -> Any:
-        calls.append(method)
-        if method == "hear":
-            return HEARD
-        assert arguments["made"] == made and arguments["by_words"] == [0]
-        choice = {"document": 0, "score": 2.0, "share": 0.5, "peaks": [3]}
-        return {"found": [{**choice, "tokens": [5] * 40}], "transcript": transcript}
-
-    async def read(*_: Any) -> None:
-        calls.append("read")
-
-    async def words(*_: Any) -> list[int]:
-        return [0]
-
-    tokenizer = SimpleNamespace(encode=lambda *_, **__: [7], decode=lambda *_, **__: text)
-    monkeypatch.setattr(asking, "most_tokens", lambda _: 100)
-    engine: Any = SimpleNamespace(
-        sessions=sessions, read=read, hearing=asyncio.Lock(), questions=Turns(),
-        words=SimpleNamespace(find=words),
-        client=SimpleNamespace(renderer=SimpleNamespace(tokenizer=tokenizer)),
-    )  # fmt: skip
-    sources, said = asyncio.run(asking.find(engine, "pumps", "Where?", 3, None, made))
-    assert calls == ["hear", "read", "found"] and said == transcript
-    assert [(one["document"], one["share"]) for one in sources] == [("a.md", 1.0)]
-    assert sources[0]["passage"]
