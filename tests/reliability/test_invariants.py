@@ -4,8 +4,6 @@ Nothing here asks the reference what a page should hold: each property is checke
 bytes and the pairs that went in.
 """
 
-from __future__ import annotations
-
 from types import ModuleType
 
 import pytest

@@ -1,11 +1,7 @@
 """Servers for all HTTP tests: plain `vllm serve` and LoLA's own front with the demo model, and two
 of tiny models, with several API keys and with none."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
@@ -13,7 +9,7 @@ import pytest
 from lola_vllm.core import cpu
 from lola_vllm.serving.sessions.management import UPLOAD
 from tests.support.servers import KEY, MODEL, NOT_COMPILED, keyless_serving
-from tools.support.server_process import BIN, Server, serving
+from tools.support.server_process import BIN, serving
 from tools.support.speaking import LOLA, make_speaking, serve_speaking
 
 # Switches of other routes, so that these are tested on the same servers. The parser of reasoning
@@ -26,7 +22,7 @@ OPTIONS += ["--dtype", cpu.preferred_dtype({}) or "auto"]
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log.txt"
     # Few sequences, so that its pool leaves memory to the other servers of these tests.
     command = [str(BIN / "vllm"), "serve", str(MODEL), *OPTIONS, *REASONING, "--max-num-seqs", "32"]
@@ -35,7 +31,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def lola_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def lola_server(tmp_path_factory):
     """Routes under /v1/lola, an API key, and prefix caching in steps of 256 tokens.
 
     With tools, stored responses, and events of the prefix cache at `events`.
@@ -54,7 +50,7 @@ def lola_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def shifting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shifting(tmp_path_factory):
     """A tiny model that was trained on 256 positions, which shift by 64 beyond them."""
     return make_speaking(
         tmp_path_factory.mktemp("keyless") / "tiny",
@@ -63,14 +59,14 @@ def shifting(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def keyless(shifting: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def keyless(shifting, tmp_path_factory):
     """A server of that model as anybody starts one: without keys, eager where there is no GPU."""
     with keyless_serving(shifting, tmp_path_factory.mktemp("keyless-server") / "log.txt") as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def tiny(tmp_path_factory):
     """A server of a tiny model with a state directory and two API keys; `other` has the second."""
     directory = tmp_path_factory.mktemp("sessions")
     model = make_speaking(directory / "tiny")

@@ -1,6 +1,5 @@
-"""`lola-vllm sessions` and `lola-vllm chat` against a real server."""
+"""`lola-vllm sessions` against a real server; `lola-vllm chat`: test_read_once.py."""
 
-import io
 import json
 import re
 
@@ -65,41 +64,3 @@ def test_what_is_wrong_is_said(run, tiny, tmp_path, monkeypatch):
     assert "VLLM_API_KEY" in run("list", status=2)
     assert cli.main(["sessions", "list", "--url", "http://127.0.0.1:9"]) == 2
     assert cli.main(["chat", "127.0.0.1:8000"]) == 2
-
-
-def test_a_chat_goes_on_in_another_terminal(tiny, capsys, monkeypatch):
-    monkeypatch.setenv("VLLM_API_KEY", KEY)
-
-    def chat(text, *options):
-        monkeypatch.setattr("sys.stdin", io.StringIO(text))
-        words = ["chat", tiny.url, "--session", "talk", "--temperature", "0", "--max-tokens", "6"]
-        status = cli.main([*words, *options])
-        return status, *capsys.readouterr()
-
-    status, out, notes = chat(f"What is {TEXT}?\n\nAnd then?\n")
-    assert status == 0 and len(out.splitlines()) >= 2
-    assert "talk: a new session" in notes
-    turns = re.findall(
-        r"turn (\d): ([\d,]+) tokens restored.*?, ([\d,]+) read, first word after \d+\.\d\d s",
-        notes,
-    )
-    assert [(turn, restored == "0") for turn, restored, _ in turns] == [("1", True), ("2", False)]
-    detail = tiny.client.get("/v1/lola/sessions/talk").json()
-    status, out, notes = chat("Hm.\n")
-    assert status == 0
-    assert f"goes on after turn 2, {detail['tokens']:,} tokens" in notes
-    assert f"turn 3: {detail['tokens']:,} tokens restored" in notes
-    # Another client's turn in between is not gone on from unnoticed.
-    lines = iter(["One.\n", "Two.\n", ""])
-
-    def readline():
-        line = next(lines)
-        if line == "Two.\n":
-            append(tiny, "talk", "something else")
-        return line
-
-    stdin = io.StringIO()
-    monkeypatch.setattr(stdin, "readline", readline)
-    monkeypatch.setattr("sys.stdin", stdin)
-    assert cli.main(["chat", tiny.url, "--session", "talk"]) == 2
-    assert "'talk' is at turn 5" in capsys.readouterr().err

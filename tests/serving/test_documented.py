@@ -3,8 +3,6 @@
 tests/support/documented.py says which commands these are.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import shlex

@@ -4,9 +4,6 @@ They are made by schemathesis from the server's own OpenAPI description, valid a
 is a real one, of a tiny model.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator
 from random import Random
 from typing import Any
 
@@ -60,7 +57,7 @@ NAMES = ["a", "b", "a@1", "b@1", "a@999"]  # of sessions, so that some are there
 
 
 @pytest.fixture(scope="module")
-def known(keyless: Server) -> str:
+def known(keyless):
     """The answer to a request that all others must leave as it is."""
     return answer(keyless)
 
@@ -73,7 +70,7 @@ def answer(server: Server) -> str:
 
 
 @pytest.fixture
-def unharmed(keyless: Server, known: str) -> Iterator[Server]:
+def unharmed(keyless, known):
     """The server; after the test it answers as before and holds no state."""
     yield keyless
     assert keyless.process.poll() is None, keyless.log.read_text()[-4000:]

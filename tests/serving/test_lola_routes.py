@@ -18,22 +18,6 @@ from tests.support.dashboard import queried
 NEEDLE = "The code of the vault is 73192."
 STORY = "The miller went to the river and the river went to the sea. " * 30
 PROMPT = f"{STORY}{NEEDLE} {STORY}"
-SESSION = "/v1/lola/sessions/{session}"
-LIBRARY = "/v1/lola/libraries/{library}"
-ROUTES = [
-    ("GET", "/v1/lola/info"),
-    ("POST", "/v1/lola/memory"),
-    ("GET", "/v1/lola/sessions"),
-    *((method, SESSION) for method in ("GET", "PATCH", "DELETE")),
-    *(("POST", f"{SESSION}/{verb}") for verb in ("fork", "compose", "append", "complete", "chat")),
-    ("GET", f"{SESSION}/tokens"),
-    ("GET", f"{SESSION}/state"),
-    ("PUT", f"{SESSION}/state"),
-    ("GET", "/v1/lola/libraries"),
-    *((method, LIBRARY) for method in ("GET", "DELETE")),
-    *(("POST", f"{LIBRARY}/{verb}") for verb in ("documents", "find", "chat", "complete")),
-    ("DELETE", f"{LIBRARY}/documents/{{document}}"),
-]
 
 
 def read(server, **body):
@@ -42,9 +26,9 @@ def read(server, **body):
     return response.json()
 
 
-def complete(server, prompt, **fields):
+def complete(server, prompt, headers=None, **fields):
     body = {"model": "smollm2", "prompt": prompt, "max_tokens": 8, "temperature": 0, **fields}
-    response = server.client.post("/v1/completions", json=body)
+    response = server.client.post("/v1/completions", json=body, headers=headers)
     assert response.status_code == 200, response.text
     return response.json()
 
@@ -67,19 +51,18 @@ def hits(server):
     return float(re.search(r"^vllm:prefix_cache_hits_total\{.*\} (\S+)$", scrape, re.M)[1])
 
 
-def test_the_routes_of_this_test_are_all_there_are(lola_server):
-    paths = lola_server.client.get("/openapi.json").json()["paths"]
-    found = [(m.upper(), path) for path, ms in paths.items() if "/lola" in path for m in ms]
-    assert sorted(found) == sorted([*ROUTES, ("GET", "/lola/inspector")])  # it needs no key
-
-
-@pytest.mark.parametrize(("method", "path"), ROUTES)
 @pytest.mark.parametrize("key", [None, "wrong"])
-def test_every_route_wants_the_key(lola_server, method, path, key):
+def test_every_route_wants_the_key(lola_server, key):
+    """But for the page that asks for one."""
+    paths = lola_server.client.get("/openapi.json").json()["paths"]
+    routes = [(verb, path) for path, verbs in paths.items() if "/lola" in path for verb in verbs]
+    routes.remove(("get", "/lola/inspector"))
+    assert len(routes) == 22
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    response = httpx.request(method, lola_server.url + path, headers=headers, json={"prompt": "x"})
-    assert response.status_code == 401
-    assert "lola_config" not in response.text and "<html" not in response.text
+    for verb, path in routes:
+        answer = httpx.request(verb, lola_server.url + path, headers=headers, json={"prompt": "x"})
+        assert answer.status_code == 401, (verb, path)
+        assert "lola_config" not in answer.text and "<html" not in answer.text
 
 
 def test_plain_vllm_serve_has_no_such_routes(server):

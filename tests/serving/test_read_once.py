@@ -3,14 +3,10 @@
 That a server finds its states after a restart is asked in tests/reliability/test_storm.py.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-import pytest
 
 from tools import read_once
 from tools.support.server_process import Server
@@ -22,12 +18,7 @@ def number(text: str) -> int:
     return int(text.replace(",", ""))
 
 
-def test_a_file_is_read_once(
-    keyless: Server,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_file_is_read_once(keyless, tmp_path, monkeypatch, capsys):
     started = []
 
     @contextmanager

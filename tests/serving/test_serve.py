@@ -1,7 +1,5 @@
 """What `lola-vllm serve` chooses, in a server that runs."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,13 +19,13 @@ def restored(answer: dict[str, Any]) -> int:
     return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
 
 
-def test_answers_tell_of_cached_tokens(keyless: Server) -> None:
+def test_answers_tell_of_cached_tokens(keyless):
     (prompt,) = random_prompts([300], seed=1)
     cached = [restored(complete(keyless, prompt)) for _ in range(3)]
     assert cached == [0, 299, 299]
 
 
-def test_prompts_with_a_common_prefix_share_a_state(keyless: Server) -> None:
+def test_prompts_with_a_common_prefix_share_a_state(keyless):
     """Without prefix caching: the second one stores it, and what is left is computed as ever."""
     (shared,) = random_prompts([300], seed=2)
     prompts = [shared + tail for tail in random_prompts([40, 7, 90], seed=3)]
@@ -43,7 +41,7 @@ def test_prompts_with_a_common_prefix_share_a_state(keyless: Server) -> None:
     assert restored(salted) == 0
 
 
-def test_without_a_key_nobody_lists_what_others_said(keyless: Server) -> None:
+def test_without_a_key_nobody_lists_what_others_said(keyless):
     listed = keyless.client.get("/v1/lola/sessions")
     assert listed.status_code == 403 and "--lola-list-sessions" in listed.text
     body = {"prompt": [5, 6, 7], "turn": 0}
@@ -57,7 +55,7 @@ def test_without_a_key_nobody_lists_what_others_said(keyless: Server) -> None:
     assert keyless.client.delete(named).status_code == 200
 
 
-def test_many_at_once_wait_for_one_to_read_what_they_share(keyless: Server) -> None:
+def test_many_at_once_wait_for_one_to_read_what_they_share(keyless):
     (shared,) = random_prompts([280], seed=4)
     prompts = [shared + tail for tail in random_prompts([9] * 6, seed=5)]
     with ThreadPoolExecutor(len(prompts)) as pool:
@@ -67,7 +65,7 @@ def test_many_at_once_wait_for_one_to_read_what_they_share(keyless: Server) -> N
     assert others == [280] * 4
 
 
-def test_the_last_word_is_the_inspectors_address(keyless: Server) -> None:
+def test_the_last_word_is_the_inspectors_address(keyless):
     address = f"{keyless.url}/lola/inspector"
     lines = keyless.log.read_text().splitlines()
     (said,) = (i for i, line in enumerate(lines) if line.endswith(address))

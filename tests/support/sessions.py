@@ -131,6 +131,12 @@ class Server:
         self.step()
         return state if new else (state, "was there")
 
+    def tell(self, tokens: list[int], session: str | None = None, **kwargs: Any) -> Any:
+        """As `say`, until the state has reached all its places."""
+        told = self.say(tokens, session, **kwargs)
+        self.settle()
+        return told
+
     def restore(self, tokens: list[int], **kwargs: Any) -> int:
         """Tokens that a prompt need not compute, after a check of the rows that were loaded."""
         state = self.store.find(self.store.prefix_hashes(tokens, **kwargs), len(tokens) - 1)

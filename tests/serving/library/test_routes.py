@@ -1,17 +1,14 @@
 """Libraries over HTTP: documents are read in parts, found, composed, answered from, and deleted."""
 
-from __future__ import annotations
-
 import io
-import json
 import re
 import time
 from typing import Any
 
-import httpx
 import pytest
 
 from lola_vllm.command import cli
+from tests.serving.sessions.test_routes import events, ok, refused, user
 from tests.support.servers import KEY
 from tools.support.server_process import Server
 
@@ -22,30 +19,20 @@ HARBOUR = "A sparse cache holds the pairs of the largest score at the harbour. "
 GREEDY = {"temperature": 0, "max_tokens": 6}
 
 
-def ok(response: httpx.Response) -> Any:
-    assert response.status_code == 200, response.text
-    return response.json()
-
-
-def refused(response: httpx.Response, status: int, words: str) -> None:
-    assert response.status_code == status, response.text
-    assert words in response.json()["error"]["message"], response.text
-
-
 def add(server: Server, library: str, document: str, text: str, **body: Any) -> Any:
     body = {"document": document, "text": text, "part_tokens": 240, **body}
     return server.client.post(f"{BASE}/{library}/documents", json=body)
 
 
 @pytest.fixture(scope="module")
-def shelf(tiny: Server) -> Server:
+def shelf(tiny):
     """The library `shelf`, of two documents."""
     ok(add(tiny, "shelf", "garden.txt", GARDEN))
     ok(add(tiny, "shelf", "a path/harbour.txt", HARBOUR, ttl=3000))
     return tiny
 
 
-def test_documents_are_read_in_parts(shelf: Server) -> None:
+def test_documents_are_read_in_parts(shelf):
     found = ok(shelf.client.get(f"{BASE}/shelf"))
     garden, harbour = sorted(found["documents"], key=lambda one: -one["tokens"])
     assert (garden["document"], harbour["document"]) == ("garden.txt", "a path/harbour.txt")
@@ -66,8 +53,8 @@ def test_documents_are_read_in_parts(shelf: Server) -> None:
     refused(shelf.client.post("/v1/completions", json=body), 400, "are given by the server")
 
 
-def test_an_answer_names_its_sources(shelf: Server) -> None:
-    question = {"messages": [{"role": "user", "content": "What is at the harbour?"}], **GREEDY}
+def test_an_answer_names_its_sources(shelf):
+    question = {"messages": user("What is at the harbour?"), **GREEDY}
     answer = ok(shelf.client.post(f"{BASE}/shelf/chat", json=question))
     sources = answer["sources"]
     assert len(sources) == 3 and answer["choices"][0]["message"]["content"]
@@ -84,24 +71,17 @@ def test_an_answer_names_its_sources(shelf: Server) -> None:
     with shelf.client.stream(
         "POST", f"{BASE}/shelf/chat", json={**question, "stream": True}
     ) as stream:
-        events = [line[6:] for line in stream.iter_lines() if line.startswith("data: ")]
-    assert events[-1] == "[DONE]"
-    first, *words, last = map(json.loads, events[:-1])
-    assert (
-        first["sources"] == last["sources"] == sources
-        and last["kv_transfer_params"]["lola"]["reason"] is None
-    )
+        first, *words, last = events(stream)
+    assert first["sources"] == last["sources"] == sources
+    assert last["kv_transfer_params"]["lola"]["reason"] is None
     said = "".join(w["choices"][0]["delta"].get("content") or "" for w in words if w["choices"])
     assert said == answer["choices"][0]["message"]["content"]
-    found = ok(
-        shelf.client.post(
-            f"{BASE}/shelf/find", json={"question": "What is at the harbour?", "top": 2}
-        )
-    )
+    body = {"question": "What is at the harbour?", "top": 2}
+    found = ok(shelf.client.post(f"{BASE}/shelf/find", json=body))
     assert [one["session"] for one in found["sources"]] == [one["session"] for one in sources[:2]]
 
 
-def test_a_session_goes_on_from_an_answer(shelf: Server) -> None:
+def test_a_session_goes_on_from_an_answer(shelf):
     body = {"prompt": "The harbour is", "session": "on", **GREEDY}
     first = ok(shelf.client.post(f"{BASE}/shelf/complete", json=body))
     source = first["sources"][0]
@@ -113,9 +93,7 @@ def test_a_session_goes_on_from_an_answer(shelf: Server) -> None:
     assert more["kv_transfer_params"]["lola"]["restored_tokens"] >= source["tokens"]
 
 
-def test_a_terminal_goes_on_from_an_answer(
-    shelf: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_terminal_goes_on_from_an_answer(shelf, capsys, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     words = ["library", "ask", "shelf", "What is at the harbour?", "--session", "walk"]
     assert cli.main([*words, "--url", shelf.url, "--max-tokens", "4"]) == 0
@@ -125,7 +103,7 @@ def test_a_terminal_goes_on_from_an_answer(
     assert re.search(r"turn 3: [\d,]+ tokens restored, ", capsys.readouterr().err)
     shown = ok(shelf.client.get("/v1/lola/sessions/walk"))
     assert shown["turns"] == [1, 2, 3] and shown["made_of"]
-    body = {"messages": [{"role": "user", "content": "So?"}], "library": "shelf", **GREEDY}
+    body = {"messages": user("So?"), "library": "shelf", **GREEDY}
     asked = ok(shelf.client.post("/v1/lola/sessions/walk/chat", json=body))
     assert len(asked["sources"]) == 3 and asked["kv_transfer_params"]["lola"]["turn"] == 4
     where = "/v1/lola/sessions/nobody/chat"
@@ -134,24 +112,20 @@ def test_a_terminal_goes_on_from_an_answer(
     refused(shelf.client.post("/v1/lola/sessions/walk/chat", json=body), 400, "one of them")
 
 
-def test_owners_have_libraries_of_their_own(shelf: Server) -> None:
+def test_owners_have_libraries_of_their_own(shelf):
+    find = {"question": "What?"}
     refused(shelf.other.get(f"{BASE}/shelf"), 404, "no library 'shelf'")
-    refused(
-        shelf.other.post(f"{BASE}/shelf/find", json={"question": "What?"}),
-        404,
-        "no library 'shelf'",
-    )
+    refused(shelf.other.post(f"{BASE}/shelf/find", json=find), 404, "no library 'shelf'")
     assert ok(shelf.other.get(BASE))["libraries"] == []
 
 
-def test_a_document_is_replaced_and_deleted_for_good(tiny: Server) -> None:
+def test_a_document_is_replaced_and_deleted_for_good(tiny):
     ok(add(tiny, "gone", "one", HARBOUR))
     refused(add(tiny, "gone", "one", GARDEN), 409, '"replace": true')
     body = {"document": "one", "text": GARDEN, "part_tokens": 240, "replace": True}
     where = f"{BASE}/gone/documents"
     with tiny.client.stream("POST", where, json={**body, "stream": True}) as stream:
-        lines = [line[6:] for line in stream.iter_lines() if line.startswith("data: ")]
-    *parts, document = map(json.loads, lines[:-1])
+        *parts, document = events(stream)
     assert [part["part"] for part in parts] == [*range(1, len(parts) + 1)]
     assert document["complete"] and len(document["parts"]) == len(parts) > 1
     ok(add(tiny, "gone", "two", HARBOUR))
@@ -183,7 +157,7 @@ def sizes(server: Server, library: str, document: str = "one") -> list[int]:
 LONG = {"document": "one", "text": GARDEN * 10, "part_tokens": 240, "replace": True, "stream": True}
 
 
-def test_a_document_stays_until_the_new_one_is_whole(tiny: Server) -> None:
+def test_a_document_stays_until_the_new_one_is_whole(tiny):
     ok(add(tiny, "anew", "one", HARBOUR))
     before = sizes(tiny, "anew")
     where = f"{BASE}/anew/documents"
@@ -203,9 +177,9 @@ def test_a_document_stays_until_the_new_one_is_whole(tiny: Server) -> None:
     assert len(sizes(tiny, "anew")) > len(before)
 
 
-def test_a_refused_question_leaves_no_session(shelf: Server) -> None:
+def test_a_refused_question_leaves_no_session(shelf):
     ask = {"prompt": "The harbour is", "session": "refused", **GREEDY}
-    chat = {"messages": [{"role": "user", "content": "Where?"}], "session": "refused", **GREEDY}
+    chat = {"messages": user("Where?"), "session": "refused", **GREEDY}
     too_long = "What is at the harbour? " * 400
     for library, route, body, status in (
         ("shelf", "complete", {**ask, "model": "none"}, 404),
@@ -213,7 +187,7 @@ def test_a_refused_question_leaves_no_session(shelf: Server) -> None:
         ("shelf", "complete", {**ask, "temperature": -1}, 400),
         ("nowhere", "complete", ask, 404),
         ("shelf", "chat", {**chat, "model": "none"}, 404),
-        ("shelf", "chat", {**chat, "messages": [{"role": "user", "content": too_long}],
+        ("shelf", "chat", {**chat, "messages": user(too_long),
                            "question": "What?"}, 400),
         ("shelf", "chat", {**chat, "stream": True, "model": "none"}, 404),
     ):  # fmt: skip
@@ -233,13 +207,13 @@ def test_a_refused_question_leaves_no_session(shelf: Server) -> None:
         ({"titel": "x"}, "titel"),
     ],
 )
-def test_documents_with_faults_are_refused(tiny: Server, body: dict[str, Any], words: str) -> None:
+def test_documents_with_faults_are_refused(tiny, body, words):
     given = {"document": "d", "text": HARBOUR} | body
     refused(tiny.client.post(f"{BASE}/wrong/documents", json=given), 400, words)
     refused(tiny.client.get(f"{BASE}/wrong"), 404, "no library 'wrong'")
 
 
-def test_a_server_that_composes_nothing_says_so(lola_server: Server) -> None:
+def test_a_server_that_composes_nothing_says_so(lola_server):
     client, document = lola_server.client, {"document": "d", "text": HARBOUR}
     lola = {"from": ["one", "two"]}
     answers = [

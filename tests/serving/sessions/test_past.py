@@ -1,7 +1,5 @@
 """A session that recalls: a segment of its own text comes back for an answer."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import httpx
@@ -35,7 +33,7 @@ def parts_of(client: httpx.Client, session: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def told(tiny: Server, request: pytest.FixtureRequest) -> Any:
+def told(tiny, request):
     """A session that has read the text, of two segments and a rest."""
     name = f"past-{request.node.name.removeprefix('test_')[:40]}"
     ok(tiny.client.post(f"{BASE}/{name}/append", json={"prompt": TEXT}))
@@ -44,7 +42,7 @@ def told(tiny: Server, request: pytest.FixtureRequest) -> Any:
     tiny.client.delete(f"{BASE}/{name}")
 
 
-def test_a_segment_comes_back_and_is_no_part_of_the_session(tiny: Server, told: str) -> None:
+def test_a_segment_comes_back_and_is_no_part_of_the_session(tiny, told):
     before = said(tiny, told)
     answer = ok(ask(tiny, told))
     lola = answer["kv_transfer_params"]["lola"]
@@ -68,7 +66,7 @@ def test_a_segment_comes_back_and_is_no_part_of_the_session(tiny: Server, told: 
     assert parts_of(tiny.other, told) == []
 
 
-def test_the_answer_is_that_of_the_present_and_the_segment(tiny: Server, told: str) -> None:
+def test_the_answer_is_that_of_the_present_and_the_segment(tiny, told):
     answer = ok(ask(tiny, told))
     (part, _) = parts_of(tiny.client, told)
     turn = ok(tiny.client.get(f"{BASE}/{told}"))["turn"]
@@ -80,7 +78,7 @@ def test_the_answer_is_that_of_the_present_and_the_segment(tiny: Server, told: s
     tiny.client.delete(f"{BASE}/{told}-by-hand")
 
 
-def test_a_chat_goes_on_after_what_came_back(tiny: Server, told: str) -> None:
+def test_a_chat_goes_on_after_what_came_back(tiny, told):
     message = {"messages": [{"role": "user", "content": QUESTION}], **GREEDY}
     answer = ok(tiny.client.post(f"{BASE}/{told}/chat", json={**message, "recall": "segments"}))
     assert answer["kv_transfer_params"]["lola"]["recalled"]["first"] == 0
@@ -94,7 +92,7 @@ def test_a_chat_goes_on_after_what_came_back(tiny: Server, told: str) -> None:
     assert rest.count(f"user: {QUESTION}\n") == 2 and content in rest
 
 
-def test_what_cannot_recall_is_refused(tiny: Server, told: str) -> None:
+def test_what_cannot_recall_is_refused(tiny, told):
     for body, words in (
         ({"recall": "all"}, "recall"),
         ({"prompt": [5, 6]}, "recall, library: prompt must be a text"),

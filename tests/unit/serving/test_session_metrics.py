@@ -21,8 +21,7 @@ def test_what_the_store_counts_is_told(tmp_path):
     server.settle()
     assert server.restore([4] * 101) == 100 and server.restore([0] * 101) == 100
     server.store.directory.path.rename(tmp_path / "gone")
-    server.say([9] * 100)
-    server.settle()
+    server.tell([9] * 100)
     metrics.update(server.manager.stats())
     metrics.update(server.manager.stats())
     assert value("session_count") == value("session_states") == 6

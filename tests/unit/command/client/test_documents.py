@@ -1,9 +1,5 @@
 """Files and folders as documents."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 
 from lola_vllm.command.client import ClientError
@@ -20,7 +16,7 @@ PAGE = """<html><head><title>Pumps</title><style>p {}</style></head><body><nav>H
 <script>x = 1</script></body></html>"""
 
 
-def test_a_folder_is_its_texts_by_path(tmp_path: Path) -> None:
+def test_a_folder_is_its_texts_by_path(tmp_path):
     for name in ("b.md", "a/c.txt", "a/.hidden/d.txt", "a/picture.png", "a/e.HTML"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
@@ -43,12 +39,12 @@ def test_a_folder_is_its_texts_by_path(tmp_path: Path) -> None:
         ("Straße".encode("latin-1"), "Straße"),
     ],
 )
-def test_texts_in_several_encodings(tmp_path: Path, data: bytes, text: str) -> None:
+def test_texts_in_several_encodings(tmp_path, data, text):
     (tmp_path / "t.txt").write_bytes(data)
     assert read_file(tmp_path / "t.txt") == text
 
 
-def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_text_is_refused(tmp_path):
     (tmp_path / "t.bin").write_bytes(b"\x7fELF\0\0")
     with pytest.raises(ClientError, match="it is no text"):
         read_file(tmp_path / "t.bin")
@@ -57,7 +53,7 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
         read_file(tmp_path / "t.txt")
 
 
-def test_html(tmp_path: Path) -> None:
+def test_html(tmp_path):
     pytest.importorskip("bs4")
     (tmp_path / "p.html").write_text(PAGE)
     assert read_file(tmp_path / "p.html") == (
@@ -75,7 +71,7 @@ BARS = """<html><head><title>ls(1) - manual</title></head><body><header>Site</he
 <div role="navigation">Next</div><footer>Imprint</footer></body></html>"""
 
 
-def test_html_begins_with_its_text(tmp_path: Path) -> None:
+def test_html_begins_with_its_text(tmp_path):
     pytest.importorskip("bs4")
     (tmp_path / "p.html").write_text(BARS)
     text = read_file(tmp_path / "p.html")
@@ -99,7 +95,7 @@ def test_html_begins_with_its_text(tmp_path: Path) -> None:
         ("LS(1)GeneralCommandsManual LS(1)", "9.7   June 2025   LS(1)"),
     ],
 )
-def test_a_manual_page_begins_with_its_text(tmp_path: Path, header: str, footer: str) -> None:
+def test_a_manual_page_begins_with_its_text(tmp_path, header, footer):
     body = (
         "N\bNA\bAM\bME\bE\n  \x1b[1mls\x1b[0m  -  list  direc\u2010\n  tories, as dir(1) and LS(1)"
     )
@@ -112,14 +108,14 @@ def test_a_manual_page_begins_with_its_text(tmp_path: Path, header: str, footer:
     assert read_file(tmp_path / "t.txt") == other
 
 
-def test_headers_and_footers_of_pages_are_no_text() -> None:
+def test_headers_and_footers_of_pages_are_no_text():
     pages = [f"Manual  {i}\nText {word}\nPage {i} of 4" for i, word in enumerate("abcd", 1)]
     assert without_running_lines(pages) == "Text a\n\nText b\n\nText c\n\nText d"
     assert without_running_lines(["a\nb", "a\nc"]) == "a\nb\n\na\nc"  # too few to tell
     assert without_running_lines(["", "a"]).strip() == "a"
 
 
-def test_pdf(tmp_path: Path) -> None:
+def test_pdf(tmp_path):
     pypdf = pytest.importorskip("pypdf")
     writer = pypdf.PdfWriter()
     writer.add_blank_page(100, 100)
@@ -131,7 +127,7 @@ def test_pdf(tmp_path: Path) -> None:
         read_file(tmp_path / "q.pdf")
 
 
-def test_a_very_long_text_is_several_documents() -> None:
+def test_a_very_long_text_is_several_documents():
     assert documents_of("t", "short") == [("t", "short")]
     text = "x" * 1000 + "\n\n"
     whole = text * (2 * MAX_CHARS // len(text))

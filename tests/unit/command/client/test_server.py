@@ -1,7 +1,5 @@
 """Requests to a server: what is said where it refuses, or does not answer."""
 
-from __future__ import annotations
-
 import socket
 import threading
 from collections.abc import Iterator

@@ -1,9 +1,6 @@
 """The whole command on a tiny random base: killed between stages and within, it goes on."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,12 +27,12 @@ FAST = {
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(tmp_path_factory):
     return write_base(tmp_path_factory.mktemp("base"), max_position_embeddings=1024)
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def texts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
     generator = torch.Generator().manual_seed(0)
     words = ["river", "stone", "and", "the", "blue", "seven", "runs", "over", "night", "it"]
@@ -48,7 +45,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def command(base: Path, texts: Path, tmp_path: Path) -> list[str]:
+def command(base, texts, tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps(FAST))
     return [
         "linearize", "--base", str(base), "--out", str(tmp_path / "lola"), "--texts", str(texts),
@@ -58,11 +55,8 @@ def command(base: Path, texts: Path, tmp_path: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_in_every_stage_ends_as_one_that_is_not(
-    command: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    command, tmp_path, monkeypatch, capsys
+):
     assert cli.main(command) == 0
     printed = capsys.readouterr()
     assert "next: lola-vllm serve" in printed.out
@@ -73,13 +67,9 @@ def test_a_run_that_is_killed_in_every_stage_ends_as_one_that_is_not(
     state = json.loads((work / "linearize.json").read_text())
     assert state["done"] == list(STAGES) and state["seconds"].keys() == STAGES.keys()
     assert not (work / "trained").exists() and (work / "calibration-2.safetensors").is_file()
-
     config = json.loads((tmp_path / "lola" / "config.json").read_text())["lola_config"]
-    assert (config["update_interval"], config["sink_size"], config["sparse_dtype"]) == (
-        16,
-        4,
-        "int8",
-    )
+    served = config["update_interval"], config["sink_size"], config["sparse_dtype"]
+    assert served == (16, 4, "int8")
     sizes = [size for layer in config["sparse_cache_size"] for size in layer]
     recipe = state["recipe"]
     # Recent pairs are rounded in each head.
@@ -113,9 +103,7 @@ def test_a_run_that_is_killed_in_every_stage_ends_as_one_that_is_not(
         assert torch.equal(value, again[name]), name
 
 
-def test_a_dry_run_says_the_plan_and_writes_nothing(
-    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_says_the_plan_and_writes_nothing(command, tmp_path, capsys):
     before = sorted(tmp_path.iterdir())
     assert cli.main([*command, "--hours", "1", "--dry-run"]) == 0
     printed = capsys.readouterr().err
@@ -136,25 +124,14 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(
         (["--recipe", "nowhere.json"], "--recipe nowhere.json: cannot be read"),
     ],
 )
-def test_refusals(
-    command: list[str],
-    options: list[str],
-    message: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_refusals(command, options, message, tmp_path, capsys):
     short = tmp_path / "short.json"
     short.write_text(json.dumps({"train": {"row_length": 256}}))
     assert cli.main([*command, *[option.format(short=short) for option in options]]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_working_directory_is_of_one_run(
-    command: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_working_directory_is_of_one_run(command, tmp_path, monkeypatch, capsys):
     def stop(*args: object) -> None:
         raise KeyboardInterrupt
 

@@ -1,7 +1,5 @@
 """Hyperparameters follow from the base and the budget, and a plan from them."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path
@@ -40,11 +38,11 @@ def write(folder: Path, fields: dict[str, object], **changes: object) -> Path:
 
 
 @pytest.fixture
-def smollm2(tmp_path: Path) -> Path:
+def smollm2(tmp_path):
     return write(tmp_path / "smollm2", SMOLLM2)
 
 
-def test_the_demo_model_has_what_it_was_trained_with(smollm2: Path) -> None:
+def test_the_demo_model_has_what_it_was_trained_with(smollm2):
     """Where its card and the recipe differ, docs/linearize.md says so."""
     made = derive(smollm2, text_bytes=TEXTS)
     train, on = made.train, made.train_on
@@ -61,7 +59,7 @@ def test_the_demo_model_has_what_it_was_trained_with(smollm2: Path) -> None:
 
 
 @pytest.mark.parametrize("mib", [5.0, 9.6, 20.0])
-def test_memory_is_used_up_and_no_more(tmp_path: Path, mib: float) -> None:
+def test_memory_is_used_up_and_no_more(tmp_path, mib):
     base = write(tmp_path / "qwen", QWEN)
     served = derive(base, text_bytes=TEXTS).train_on.lola_config
     pairs = pairs_in(base, served, mib)
@@ -76,7 +74,7 @@ def test_memory_is_used_up_and_no_more(tmp_path: Path, mib: float) -> None:
 
 @pytest.mark.parametrize("length", [256, 512, 1000, 2048, 131072])
 @pytest.mark.parametrize("scale", [0.02, 1.0, 10.0])
-def test_every_stage_folds_something(tmp_path: Path, length: int, scale: float) -> None:
+def test_every_stage_folds_something(tmp_path, length, scale):
     """Of any base and budget: the check of training itself finds rows long enough."""
     from lola_vllm.training.distill.transfer import check_row_length
 
@@ -94,7 +92,7 @@ def test_every_stage_folds_something(tmp_path: Path, length: int, scale: float) 
     check(made)
 
 
-def test_text_and_hours_bound_the_tokens(smollm2: Path) -> None:
+def test_text_and_hours_bound_the_tokens(smollm2):
     little = derive(smollm2, text_bytes=400_000)
     assert 90_000 < plan.stage_tokens(little)["transfer"] <= 100_000
     half = derive(smollm2, text_bytes=TEXTS, scale=0.5)
@@ -115,25 +113,19 @@ def test_text_and_hours_bound_the_tokens(smollm2: Path) -> None:
     assert made.train.lora_tokens == pytest.approx(100_000, rel=0.01)
 
 
-def test_an_expert_overrides(smollm2: Path) -> None:
+def test_an_expert_overrides(smollm2):
     """Later stages take what they share with an earlier one from there."""
     made = derive(smollm2, text_bytes=TEXTS)
-    overrides = {
-        "train": {"lora_rank": 32, "train_windows": [64], "lola_config": {"sink_size": 2}},
-        "train_on": {"answer_weight": 2},
-    }
+    train = {"lora_rank": 32, "train_windows": [64], "lola_config": {"sink_size": 2}}
+    overrides = {"train": train, "train_on": {"answer_weight": 2}}
     changed = derive(smollm2, text_bytes=TEXTS, overrides=overrides)
+    lola = {"window_size": 64, "sink_size": 2}
     assert changed.train == dataclasses.replace(
-        made.train,
-        lora_rank=32,
-        train_windows=(64,),
-        lola_config={"window_size": 64, "sink_size": 2},
+        made.train, lora_rank=32, train_windows=(64,), lola_config=lola
     )
+    lola = {**made.train_on.lola_config, "sink_size": 2}
     assert changed.train_on == dataclasses.replace(
-        made.train_on,
-        lora_rank=32,
-        answer_weight=2.0,
-        lola_config={**made.train_on.lola_config, "sink_size": 2},
+        made.train_on, lora_rank=32, answer_weight=2.0, lola_config=lola
     )
     assert changed.calibrate == made.calibrate
     assert from_json(json.loads(json.dumps(dataclasses.asdict(changed)))) == changed
@@ -150,12 +142,12 @@ def test_an_expert_overrides(smollm2: Path) -> None:
         ({"train_on": {"lora_rank": 8}}, "train_on.lora_rank = 8: must be that of train, 16"),
     ],
 )
-def test_overrides_that_are_none(smollm2: Path, overrides: dict[str, object], message: str) -> None:
+def test_overrides_that_are_none(smollm2, overrides, message):
     with pytest.raises(CheckpointError, match=message):
         check(derive(smollm2, text_bytes=TEXTS, overrides=overrides))
 
 
-def test_bases_that_are_too_small(tmp_path: Path, smollm2: Path) -> None:
+def test_bases_that_are_too_small(tmp_path, smollm2):
     with pytest.raises(CheckpointError, match=r"--memory 1: .* alone take [\d.]+ MiB"):
         derive(smollm2, text_bytes=TEXTS, memory_mib=1)
     short = write(tmp_path / "short", SMOLLM2, max_position_embeddings=128)

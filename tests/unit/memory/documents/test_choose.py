@@ -1,9 +1,6 @@
 """Keys that are kept apart, and the documents and places that a question reads."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,7 +34,7 @@ LOLA = {
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def model(tmp_path_factory):
     directory = make_tiny(tmp_path_factory.mktemp("tiny"), LOLA, max_position_embeddings=256)
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
@@ -54,7 +51,7 @@ def keys_of(model: Any, cache: LolaCache) -> DocumentKeys:
     return DocumentKeys.of_state(cache.sequence, cache.rows()[0], n, model.rope_table())
 
 
-def test_heads_that_hold_many_pairs_are_kept(model: Any) -> None:
+def test_heads_that_hold_many_pairs_are_kept(model):
     cache = read(model, random_prompts([100])[0])
     heads = [(head.layer, head.kv_head) for head in reading_heads(cache.sequence)]
     assert heads == [(0, 0), (1, 0), (1, 1)]
@@ -65,7 +62,7 @@ def test_heads_that_hold_many_pairs_are_kept(model: Any) -> None:
     assert keys.nbytes == sum(len(x) for x in keys.positions) * (16 + 8)
 
 
-def test_heads_of_the_last_third_of_the_layers_are_not_looked_at(model: Any) -> None:
+def test_heads_of_the_last_third_of_the_layers_are_not_looked_at(model):
     layers = read(model, random_prompts([20])[0]).sequence.layers
     of = [reading_heads(SequenceLayout(tuple(layers[i] for i in of))) for of in ([0, 1, 1], [1])]
     assert [[(head.layer, head.kv_head, head.page) for head in heads] for heads in of] == [
@@ -73,7 +70,7 @@ def test_heads_of_the_last_third_of_the_layers_are_not_looked_at(model: Any) -> 
     ]  # fmt: skip
 
 
-def test_logits_are_those_of_the_model(model: Any) -> None:
+def test_logits_are_those_of_the_model(model):
     """Queries and keys meet as they do when the question is read after the document."""
     document, question = random_prompts([75, 6], seed=3)
     cache = read(model, document)
@@ -97,7 +94,7 @@ def test_logits_are_those_of_the_model(model: Any) -> None:
     torch.testing.assert_close(found[: len(expected)], expected, rtol=0, atol=0.05)
 
 
-def test_keys_are_written_and_read(model: Any, tmp_path: Path) -> None:
+def test_keys_are_written_and_read(model, tmp_path):
     keys = keys_of(model, read(model, random_prompts([100])[0]))
     file = tmp_path / "keys"
     assert keys.write(file) == file.stat().st_size
@@ -117,7 +114,7 @@ def test_keys_are_written_and_read(model: Any, tmp_path: Path) -> None:
         DocumentKeys.read(tmp_path / "gone")
 
 
-def test_what_cannot_be_chosen_from_is_refused(model: Any) -> None:
+def test_what_cannot_be_chosen_from_is_refused(model):
     long = read(model, random_prompts([260])[0])
     with pytest.raises(KeysError, match="260 tokens: at most 256"):
         keys_of(model, long)
@@ -170,7 +167,7 @@ def by_definition(queries: list[Tensor], documents: list[DocumentKeys]) -> list[
     ]
 
 
-def test_the_document_that_a_question_reads_is_first_and_its_place_is_told() -> None:
+def test_the_document_that_a_question_reads_is_first_and_its_place_is_told():
     question = asked(ONE, TWO)
     documents = [
         made({}, 300),
@@ -186,7 +183,7 @@ def test_the_document_that_a_question_reads_is_first_and_its_place_is_told() -> 
 
 
 @pytest.mark.parametrize("many", [0, CANDIDATES])
-def test_scores_are_those_of_the_definition(many: int) -> None:
+def test_scores_are_those_of_the_definition(many):
     """Of one head, and of few documents or many. Only those that may be among the first are looked
     at place by place; none is missed."""
     gen = torch.Generator().manual_seed(1)
@@ -210,9 +207,7 @@ def test_scores_are_those_of_the_definition(many: int) -> None:
     [({}, 1), ({9: 2 * TWO}, 0.5), ({9: ONE, 80: TWO}, 0), ({9: ONE / 2, 80: TWO / 2}, 0.14)],
     ids=["nothing", "one word", "both", "both, less"],
 )
-def test_what_a_document_has_that_newer_ones_lack(
-    newer: dict[int, Tensor], own: float, many: int
-) -> None:
+def test_what_a_document_has_that_newer_ones_lack(newer, own, many):
     documents = [made({200: ONE, 190: TWO}), *[made({}, 290)] * many, made(newer, 310)]
     best = next(x for x in choose(asked(ONE, TWO), documents, 4, 1) if x.document == 0)
     assert best.own == pytest.approx(own, abs=0.09)
@@ -223,7 +218,7 @@ def test_what_a_document_has_that_newer_ones_lack(
     assert all(choice.own == 1 for choice in newest if choice.document == len(last) - 1)
 
 
-def test_of_many_documents_those_that_lead_in_a_few_heads_are_candidates() -> None:
+def test_of_many_documents_those_that_lead_in_a_few_heads_are_candidates():
     """Four heads, of which the third and the fourth find what is asked for."""
     dull = [made({}, 150)] * (4 * CANDIDATES)
     right = {5: made({50: ONE, 55: TWO}, 150), 90: made({50: 0.8 * ONE, 55: TWO}, 150)}
@@ -247,7 +242,7 @@ def test_of_many_documents_those_that_lead_in_a_few_heads_are_candidates() -> No
     assert len(seen) <= CANDIDATES + SAMPLE  # of which all heads are looked at
 
 
-def test_a_document_alone_is_compared_with_itself() -> None:
+def test_a_document_alone_is_compared_with_itself():
     (only,) = choose(
         asked(ONE, DRAWS), [made({120: ONE, **dict.fromkeys(range(0, 300, 9), DRAWS)})]
     )
@@ -260,6 +255,6 @@ def test_a_document_alone_is_compared_with_itself() -> None:
     assert [choice.peaks[0] for choice in pair] == [120, 120]
 
 
-def test_peaks_are_of_places_that_do_not_overlap() -> None:
+def test_peaks_are_of_places_that_do_not_overlap():
     (only,) = choose(asked(ONE), [made({60: ONE, 80: ONE, 100: ONE, 299: ONE})])
     assert only.peaks == (60, 100, 299)

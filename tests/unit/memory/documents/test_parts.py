@@ -1,7 +1,5 @@
 """Texts in parts."""
 
-from __future__ import annotations
-
 import random
 
 import pytest
@@ -30,21 +28,21 @@ def without_overlap(parts: list[str], text: str) -> str:
 
 
 @pytest.mark.parametrize("border", ["\n\n", "\n", ". ", " "])
-def test_parts_are_all_of_the_text(border: str) -> None:
+def test_parts_are_all_of_the_text(border):
     text = border.join(" ".join(words(30, seed)) for seed in range(40))
     parts = split_text(text, 300, count)
     assert len(parts) > 3 and max(map(count, parts)) <= 300
     assert without_overlap(parts, text) == text
 
 
-def test_a_text_is_cut_between_paragraphs() -> None:
+def test_a_text_is_cut_between_paragraphs():
     paragraphs = [" ".join(words(70, seed)) for seed in range(9)]
     parts = split_text("\n\n".join(paragraphs), 300, count)
     assert all(part.rstrip().endswith(tuple(paragraphs)) for part in parts)
     assert parts[0].rstrip() == "\n\n".join(paragraphs[:4])
 
 
-def test_a_short_text_is_one_part_and_a_long_word_is_cut() -> None:
+def test_a_short_text_is_one_part_and_a_long_word_is_cut():
     assert split_text("One. Two.", 300, count) == ["One. Two."]
     assert split_text(" \n\n ", 300, count) == []
     parts = split_text("x" * 9000, 300, count)
@@ -64,7 +62,7 @@ DENSE = {
 
 @pytest.mark.parametrize("text", DENSE.values(), ids=DENSE)
 @pytest.mark.parametrize("most", [4 * SHARED_TOKENS, 2_000])
-def test_the_work_is_bounded_by_the_length_whatever_stands_in_a_text(text: str, most: int) -> None:
+def test_the_work_is_bounded_by_the_length_whatever_stands_in_a_text(text, most):
     """Each four line ends are a token, a blank is a part of one, and each other byte is one."""
     calls, counted = 0, 0
 

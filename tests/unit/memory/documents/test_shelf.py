@@ -1,7 +1,5 @@
 """Keys on a shelf: in files, in memory, encrypted, and taken again."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,7 +43,7 @@ def same(one: DocumentKeys | None, other: DocumentKeys) -> bool:
 
 
 @pytest.mark.parametrize("key", [None, StateKey(b"k" * 32)], ids=["plain", "sealed"])
-def test_they_come_back_from_their_file(tmp_path: Path, key: StateKey | None) -> None:
+def test_they_come_back_from_their_file(tmp_path, key):
     KeyShelf(keys_of, with_states(tmp_path, key), key).add("a" * 32, ROW, 20, disk=True)
     assert same(KeyShelf(keys_of, tmp_path, key).find("a" * 32), keys_of(ROW, 20))
     path = keys_file(tmp_path, "a" * 32)
@@ -56,7 +54,7 @@ def test_they_come_back_from_their_file(tmp_path: Path, key: StateKey | None) ->
     assert KeyShelf(keys_of, tmp_path, key).find("a" * 32) is None
 
 
-def test_a_file_with_another_key_is_refused(tmp_path: Path) -> None:
+def test_a_file_with_another_key_is_refused(tmp_path):
     path = tmp_path / "keys"
     keys_of(ROW, 20).write(path, StateKey(b"k" * 32))
     for key in (None, StateKey(b"x" * 32)):
@@ -67,26 +65,18 @@ def test_a_file_with_another_key_is_refused(tmp_path: Path) -> None:
         DocumentKeys.read(path, StateKey(b"k" * 32))
 
 
-def test_without_a_file_they_are_held_until_they_are_dropped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("disk", [False, True])
+def test_without_a_file_they_are_held_until_they_are_dropped(tmp_path, disk):
+    """Also where that of their state could not be written, or is gone: it would be outlived."""
     kept = KeyShelf(keys_of, tmp_path)
-    kept.add("a" * 32, ROW, 20, disk=False)
+    kept.add("a" * 32, ROW, 20, disk=disk)
     assert not list(tmp_path.iterdir())
     assert same(kept.find("a" * 32), keys_of(ROW, 20))
     kept.drop("a" * 32)
     assert kept.find("a" * 32) is None
 
 
-def test_without_their_states_file_they_have_none(tmp_path: Path) -> None:
-    """It could not be written, or is gone: keys on the disk would outlive it."""
-    kept = KeyShelf(keys_of, tmp_path)
-    kept.add("a" * 32, ROW, 20, disk=True)
-    assert not list(tmp_path.iterdir())
-    assert same(kept.find("a" * 32), keys_of(ROW, 20))
-
-
-def test_those_with_a_file_leave_memory_for_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_those_with_a_file_leave_memory_for_others(tmp_path, monkeypatch):
     """Those that had to be opened stay, as many as there is room for."""
     monkeypatch.setattr(module, "CACHE_BYTES", 2 * keys_of(ROW, 20).nbytes)
     key = StateKey(b"k" * 32)
@@ -98,9 +88,7 @@ def test_those_with_a_file_leave_memory_for_others(
     assert [name for name in "abc" if kept.find(name * 32) is not None] == ["b", "c"]
 
 
-def test_files_stay_open_until_they_are_dropped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_stay_open_until_they_are_dropped(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MAX_OPEN", 2)
     kept = KeyShelf(keys_of, with_states(tmp_path))
     for name in "abc":

@@ -1,7 +1,5 @@
 """Texts by the words of a question, and what was found in two ways put together."""
 
-from __future__ import annotations
-
 import pytest
 
 from lola_vllm.memory.documents.words import WordIndex, fuse
@@ -14,7 +12,7 @@ TEXTS = [
 ]
 
 
-def test_a_rare_word_finds_its_text() -> None:
+def test_a_rare_word_finds_its_text():
     index = WordIndex(TEXTS)
     assert list(index.find("What did Netherby lose?", 3)) == [1]
     assert next(iter(index.find("Which pump is blue?", 3))) == 2
@@ -23,12 +21,12 @@ def test_a_rare_word_finds_its_text() -> None:
 
 
 @pytest.mark.parametrize("question", ["", "?", "the", "zeppelin"])
-def test_a_question_without_words_of_the_texts_finds_nothing(question: str) -> None:
+def test_a_question_without_words_of_the_texts_finds_nothing(question):
     index = WordIndex(TEXTS)
     assert index.find(question, 3) == {} and not index.scores(question).any()
 
 
-def test_what_is_found_clearly_outweighs_what_is_found_among_many_alike() -> None:
+def test_what_is_found_clearly_outweighs_what_is_found_among_many_alike():
     alike, clear = {3: 1.0, 1: 0.9, 2: 0.8}, {2: 40.0, 4: 8.0}
     assert fuse([alike, clear]) == [2, 3, 1, 4]
     assert fuse([alike, {}]) == [3, 1, 2]

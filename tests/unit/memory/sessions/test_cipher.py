@@ -1,7 +1,5 @@
 """A state's file that only its key opens: nothing of the text is in it, and no change is unseen."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json
@@ -46,13 +44,13 @@ TEXT = list(range(700))
 
 
 @pytest.fixture(autouse=True)
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_pieces(monkeypatch):
     """Pieces of 256 bytes, so that small files have several."""
     monkeypatch.setattr(ciphers, "_PIECE", PIECE)
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
+def path(tmp_path):
     """An encrypted file."""
     path = tmp_path / file_name("ab" * 16, 0, 1)
     write_state(path, header(), TOKENS_IN, ROW, KEY)
@@ -118,16 +116,6 @@ def test_no_two_writes_share_a_key(tmp_path):
         found.add((told["salt"], told["header"], load_file(tmp_path / "x")["state"].tobytes()))
         assert len({salt for salt, _, _ in found}) == number + 1
     assert len({sealed for _, sealed, _ in found}) == len({row for _, _, row in found}) == 20
-
-
-def test_nonces_of_a_file_are_all_different(monkeypatch):
-    seen = []
-    nonce = ciphers._nonce
-    monkeypatch.setattr(ciphers, "_nonce", lambda *of: seen.append(nonce(*of)) or seen[-1])
-    cipher = KEY.new_file()
-    for section in range(3):
-        list(cipher.seal(section, np.zeros(3 * PIECE, np.uint8)))
-    assert len(seen) == len(set(seen)) == 9 and {len(one) for one in seen} == {12}
 
 
 @pytest.mark.parametrize("read", [read_header, read_tokens, read_state])
@@ -230,8 +218,7 @@ def test_a_header_with_a_right_seal_is_checked_too(path):
 
 def test_a_server_with_a_key_keeps_its_states_over_a_restart(tmp_path, key_file):
     server = Server(tmp_path / "states", memory=0, ranks=2, key_file=key_file)
-    server.say(TEXT[:100], "agent")
-    server.settle()
+    server.tell(TEXT[:100], "agent")
     server.manager.rename("agent", "agent-7")
     server.manager.fork("agent-7", "agent-8")
     server.settle()
@@ -247,8 +234,7 @@ def test_a_server_with_a_key_keeps_its_states_over_a_restart(tmp_path, key_file)
 def test_a_file_that_is_another_keys_by_now_is_kept(tmp_path, key_file):
     """Between the scan and the load, another server may have put it there."""
     server = Server(tmp_path / "states", memory=0, key_file=key_file)
-    server.say(TEXT[:100])
-    server.settle()
+    server.tell(TEXT[:100])
     (path,) = server.store.directory.path.iterdir()
     found = read_state(path, key=KEY)
     write_state(path, found.header, found.tokens, found.data, OTHER)
@@ -259,8 +245,7 @@ def test_a_file_that_is_another_keys_by_now_is_kept(tmp_path, key_file):
 
 def test_files_leave_encrypted_and_come_with_the_same_key_or_plain(tmp_path, key_file):
     server = Server(tmp_path / "one", key_file=key_file)
-    server.say(TEXT[:100], "a")
-    server.settle()
+    server.tell(TEXT[:100], "a")
     (sealed,) = server.manager.files("a")["files"]
     assert reason(Path(sealed)) == "key"
     same = Server(tmp_path / "two", memory=0, key_file=key_file)

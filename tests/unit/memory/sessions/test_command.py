@@ -30,8 +30,7 @@ def directory(tmp_path):
     server.say(TEXT[:200], "plain")
     server.say(TEXT[:110], "salted", salt=salt(None, "sea"))
     server.say(TEXT[:120], "keyed", salt=salt("one"))
-    server.say(TEXT[:130], "both", salt=salt("one", "sea"))
-    server.settle()
+    server.tell(TEXT[:130], "both", salt=salt("one", "sea"))
     server.close()
     return tmp_path
 
@@ -59,18 +58,6 @@ def test_states_are_listed_by_owner(directory, capsys):
     text = capsys.readouterr().out
     assert "none: 2 sessions, 3 states" in text and f"{owner}: 2 sessions" in text
     assert "salted, plain" in text and owner_of("one") not in text
-
-
-def test_files_of_another_key_are_told(tmp_path, capsys, key_file):
-    server = Server(tmp_path, key_file=key_file)
-    for n in (100, 200):
-        server.say(TEXT[:n], "agent")
-    server.settle()
-    server.close()
-    assert states(tmp_path, "list") == 0
-    told = capsys.readouterr()
-    assert "2 states are not read" in told.err and "give it with --lola-state-key" in told.err
-    assert told.out == "no states that can be read\n"
 
 
 def test_what_no_key_reaches_is_deleted(directory, capsys):

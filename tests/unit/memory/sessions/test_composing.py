@@ -1,7 +1,5 @@
 """Sessions made of others: what is found, kept, refused and told."""
 
-from __future__ import annotations
-
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,19 +11,16 @@ from lola_vllm.memory.sessions.catalog import NotStored
 from lola_vllm.memory.sessions.file import read_state
 from lola_vllm.memory.sessions.names import parse_reference
 from lola_vllm.memory.sessions.prefix_hash import salt_hash
-from tests.support.sessions import ROW, Server, composed_row, names, row_of
+from tests.support.sessions import Server, composed_row, names, row_of
 
 ONE, TWO = list(range(100, 130)), list(range(500, 541))
 BOTH = ONE[:24] + TWO  # a document begins at a multiple of 8
 
 
-@pytest.fixture(params=["memory", "disk", "both"])
-def server(request: Any, tmp_path: Path) -> Server:
-    directory = None if request.param == "memory" else tmp_path
-    server = Server(directory, memory=0 if request.param == "disk" else 100 * ROW)
+@pytest.fixture
+def server(server):
     server.say(ONE, "one")
-    server.say(TWO, "two")
-    server.settle()
+    server.tell(TWO, "two")
     return server
 
 
@@ -39,7 +34,7 @@ def loaded(server: Server, session: str, prompt: list[int], salt: str = "") -> A
     return server.pools[0][2], state.header.num_tokens
 
 
-def test_it_goes_on_from_the_composed_state(server: Server) -> None:
+def test_it_goes_on_from_the_composed_state(server):
     shown = server.ask("compose", sources=["one", "two@1"], to="both")
     assert shown["made_of"] == ["one@1", "two@1"] and shown["tokens"] == len(BOTH)
     assert server.ask("tokens", reference="both")["tokens"] == BOTH
@@ -52,7 +47,7 @@ def test_it_goes_on_from_the_composed_state(server: Server) -> None:
 
 
 @pytest.mark.parametrize("deleted", [False, True])
-def test_what_is_made_of_a_composition_waits_for_it(server: Server, deleted: bool) -> None:
+def test_what_is_made_of_a_composition_waits_for_it(server, deleted):
     """Also where the composition is deleted before it is made."""
     free = threading.Event()
     server.workers[0]._writer.submit(free.wait, 20)
@@ -73,7 +68,7 @@ def test_what_is_made_of_a_composition_waits_for_it(server: Server, deleted: boo
     assert not server.workers[0]._making and not server.workers[0]._reading
 
 
-def test_no_other_text_finds_it(server: Server) -> None:
+def test_no_other_text_finds_it(server):
     """The state of reading the same tokens is another one."""
     server.ask("compose", sources=["one", "two"], to="both")
     server.settle()
@@ -98,7 +93,7 @@ def say_on(server: Server, session: str, more: list[int], to: str | None = None,
     return state
 
 
-def test_what_was_composed_goes_with_its_source_under_another_name(server: Server) -> None:
+def test_what_was_composed_goes_with_its_source_under_another_name(server):
     made = server.ask("compose_parts", sources=["one", "two"])["session"]
     server.ask("compose", sources=["one", "two"], to="both")
     server.settle()
@@ -113,7 +108,7 @@ def test_what_was_composed_goes_with_its_source_under_another_name(server: Serve
 
 
 @pytest.mark.parametrize("restarted", [False, True])
-def test_a_source_is_known_when_it_went_on(server: Server, restarted: bool, tmp_path: Path) -> None:
+def test_a_source_is_known_when_it_went_on(server, restarted, tmp_path):
     """The state that was composed may have left for others; the session is still the same."""
     if restarted and server.store.directory is None:
         pytest.skip("nothing is there after a start without a directory")
@@ -134,7 +129,7 @@ def test_a_source_is_known_when_it_went_on(server: Server, restarted: bool, tmp_
     assert names(server) == {"two"}
 
 
-def test_a_fork_is_another_source(server: Server) -> None:
+def test_a_fork_is_another_source(server):
     server.say(ONE, "one", kind="prompt")
     server.ask("fork", reference="one", to="twig")
     made = server.ask("compose_parts", sources=["twig", "two"])["session"]
@@ -145,7 +140,7 @@ def test_a_fork_is_another_source(server: Server) -> None:
     assert names(server) == {"two"}
 
 
-def test_owners_are_told_apart_in_what_was_composed(server: Server) -> None:
+def test_owners_are_told_apart_in_what_was_composed(server):
     """Sessions of two owners have the same names."""
     theirs = salt_hash("other")
     for name, tokens in (("one", ONE), ("two", TWO)):
@@ -166,9 +161,8 @@ def test_owners_are_told_apart_in_what_was_composed(server: Server) -> None:
 
 
 @pytest.mark.parametrize("ttl", [None, 5000.0])
-def test_what_goes_on_from_it_does_not_outlive_its_parts(server: Server, ttl: float | None) -> None:
-    server.say([1, 2, 3, 4, 5, 6, 7, 8], "short", ttl=60.0)
-    server.settle()
+def test_what_goes_on_from_it_does_not_outlive_its_parts(server, ttl):
+    server.tell([1, 2, 3, 4, 5, 6, 7, 8], "short", ttl=60.0)
     end = server.store.lookup(parse_reference("short"))[0].header.expires
     server.ask("compose", sources=["short", "two"], to="both")
     server.settle()
@@ -183,7 +177,7 @@ def test_what_goes_on_from_it_does_not_outlive_its_parts(server: Server, ttl: fl
     assert names(server) == {"one", "two"}
 
 
-def test_what_is_made_of_a_text_without_a_name_stays_in_memory(tmp_path: Path) -> None:
+def test_what_is_made_of_a_text_without_a_name_stays_in_memory(tmp_path):
     server = Server(tmp_path, store="named")
     server.say(TWO, "two")
     auto = server.say(ONE).header.session
@@ -218,15 +212,11 @@ def test_what_is_made_of_a_text_without_a_name_stays_in_memory(tmp_path: Path) -
     assert tiers("both") == [{"memory", "disk"}]
 
 
-def test_what_goes_on_from_it_remembers_it(server: Server) -> None:
+def test_what_goes_on_from_it_remembers_it(server):
     server.ask("compose", sources=["one", "two"], to="both")
     server.settle()
-    (parent,) = server.store.lookup(parse_reference("both"))
+    say_on(server, "both", [7, 8, 9])
     longer = [*BOTH, 7, 8, 9]
-    hashes = server.store.prefix_hashes(longer, "", "", parent.header.composed)
-    turn = server.store.open_turn("both", parent)
-    server.store.save(turn, hashes, len(longer), "answer", 1, parent=parent)
-    server.settle()
     assert server.ask("show", session="both")["made_of"] == ["one@1", "two@1"]
     assert server.store.find(server.store.prefix_hashes([*longer, 1]), len(longer)) is None
     assert loaded(server, "both", [*longer, 1])[1] == len(longer)
@@ -236,7 +226,7 @@ def test_what_goes_on_from_it_remembers_it(server: Server) -> None:
     assert server.ask("show", session="more")["made_of"] == ["both@2", "one@1"]
 
 
-def test_a_file_of_it_is_one_of_a_composed_state(tmp_path: Path) -> None:
+def test_a_file_of_it_is_one_of_a_composed_state(tmp_path):
     server = Server(tmp_path / "a")
     server.say(ONE, "one")
     server.say(TWO, "two")
@@ -254,11 +244,7 @@ def test_a_file_of_it_is_one_of_a_composed_state(tmp_path: Path) -> None:
     assert loaded(again, "both", [*BOTH, 7])[1] == len(BOTH)
 
 
-def test_a_composition_that_fails_is_gone(tmp_path: Path) -> None:
-    server = Server(tmp_path)
-    server.say(ONE, "one")
-    server.say(TWO, "two")
-    server.settle()
+def test_a_composition_that_fails_is_gone(server):
     server.workers[0]._composed = transfer._no_composing
     server.ask("compose", sources=["one", "two"], to="both")
     events = {outcome.event: outcome.reason for outcome in server.settle()}

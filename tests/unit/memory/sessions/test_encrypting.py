@@ -1,7 +1,5 @@
 """A directory of plain states gets a key: what is said of it, and its encryption by command."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -147,29 +145,29 @@ def test_what_has_another_key_stays_and_is_named(root, key_file, tmp_path, capsy
     other = tmp_path / "other"
     other.write_text("another secret of 32 characters!")
     capsys.readouterr()
-    assert states(root, "list", "--lola-state-key-file", str(other)) == 0
-    told = capsys.readouterr()
-    assert told.out == "no states that can be read\n"
-    assert "3 states are not read" in told.err and "encrypted with another key" in told.err
+    given = ["--lola-state-key-file", str(other)]
+    for key, why in (([], "give it with --lola-state-key"), (given, "encrypted with another key")):
+        assert states(root, "list", *key) == 0
+        told = capsys.readouterr()
+        assert told.out == "no states that can be read\n"
+        assert "3 states are not read" in told.err and why in told.err
     server = Server(root, key_file=other)
     assert "give the one that they were written with" in server.manager.stats()["unread"][0]
-    server.say(TEXT[:90], "mine")
-    server.settle()
+    server.tell(TEXT[:90], "mine")
     server.close()
     assert encrypt(root, other) == 2
     told = capsys.readouterr()
     assert told.err.count("not encrypted: ") == 3 and "the key here is another one" in told.err
-    key = ["--lola-state-key-file", str(other)]
-    assert states(root, "rm", "--all", "--yes", *key) == 2
+    assert states(root, "rm", "--all", "--yes", *given) == 2
     told = capsys.readouterr()
     unread = [str(file.relative_to(root)) for file in files(root)]
     assert len(unread) == 3 and "1 states deleted" in told.out
     for name in unread:
         assert f"{name}: cannot be read; it stays; --unread deletes it too" in told.out
-    assert states(root, "rm", "--all", "--yes", *key) == 2  # again
+    assert states(root, "rm", "--all", "--yes", *given) == 2  # again
     server = Server(root, key_file=key_file)  # which knows them
     assert len(server.store.states) == 3
-    assert states(root, "rm", "--keep", "none", "--unread", "--yes", *key) == 0
+    assert states(root, "rm", "--keep", "none", "--unread", "--yes", *given) == 0
     assert "3 states deleted" in capsys.readouterr().out and files(root) == []
     server.store.upkeep.refresh()
     assert not server.store.states

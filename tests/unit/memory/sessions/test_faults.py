@@ -46,8 +46,7 @@ def after_a_start(server, tmp_path):
 def test_a_change_that_is_not_written_leaves_the_file_and_the_header(
     server, tmp_path, monkeypatch, fault
 ):
-    server.say(TEXT[:100], "agent-7")
-    server.settle()
+    server.tell(TEXT[:100], "agent-7")
     break_rewrites(server, monkeypatch, fault)
     answer = server.ask("rename", session="agent-7", to="agent-8")
     assert answer["kind"] == "unavailable" and "all is as it was" in answer["error"]
@@ -65,8 +64,7 @@ def test_a_rename_takes_all_states_of_a_session_or_none(tmp_path, monkeypatch):
     for n in (100, 200, 300):
         state = server.say(TEXT[:n], "agent-7")
     segment = Part(PAST, state.header.session_id)
-    server.say(TEXT[:40], "library-0", kind="prompt", part=segment)
-    server.settle()
+    server.tell(TEXT[:40], "library-0", kind="prompt", part=segment)
     write, calls = directory.write_state, []
 
     def third_fails(*args):
@@ -102,8 +100,7 @@ def test_many_forks_at_once_are_all_written(tmp_path, monkeypatch):
     """Also more than may wait to be written: they would be lost when they leave the memory."""
     server = Server(tmp_path)
     server.store.max_waiting = server.workers[0].max_waiting = 2
-    server.say(TEXT[:100], "agent-7")
-    server.settle()
+    server.tell(TEXT[:100], "agent-7")
     gate, write = threading.Event(), transfer.write_state
     monkeypatch.setattr(transfer, "write_state", lambda *args: (gate.wait(20), write(*args))[1])
     for n in range(10):
@@ -187,8 +184,7 @@ def test_a_file_that_cannot_be_removed_is_counted_and_stays_listed(
 def test_what_is_deleted_leaves_the_memory_of_other_servers(tmp_path, composed, on_disk):
     """And what one of them composed of it for a request, though it was renamed meanwhile."""
     one, two = Server(tmp_path), Server(tmp_path)
-    state = one.say(TEXT[:100], "agent-7")
-    one.settle()
+    state = one.tell(TEXT[:100], "agent-7")
     two.store.upkeep.refresh()
     assert two.restore(TEXT) == 100
     if composed:
@@ -211,8 +207,7 @@ def test_what_is_deleted_leaves_the_memory_of_other_servers(tmp_path, composed, 
 def test_a_server_keeps_in_memory_what_another_had_no_room_for(tmp_path):
     """A budget of another server is no deletion."""
     one, two = Server(tmp_path), Server(tmp_path)
-    state = one.say(TEXT[:100], "agent-7")
-    one.settle()
+    state = one.tell(TEXT[:100], "agent-7")
     two.store.upkeep.refresh()
     assert two.restore(TEXT) == 100
     one.store.forget(state)
@@ -223,8 +218,7 @@ def test_a_server_keeps_in_memory_what_another_had_no_room_for(tmp_path):
 
 def test_marks_of_deletions_do_not_pile_up(tmp_path, monkeypatch):
     server = Server(tmp_path, memory=0)
-    server.say(TEXT[:100], "agent-7")
-    server.settle()
+    server.tell(TEXT[:100], "agent-7")
     server.ask("delete", reference="agent-7")
     (mark,) = server.store.directory.path.iterdir()
     server.store.upkeep.refresh()
@@ -238,8 +232,7 @@ def test_states_expire_on_a_server_without_requests(server):
     woken = threading.Event()
     server.store.wake = woken.set
     server.say(TEXT[:100], "agent-7", ttl=50)
-    server.say(TEXT[:50], "agent-8")
-    server.settle()
+    server.tell(TEXT[:50], "agent-8")
     woken.clear()
     server.clock.now += 100
     assert woken.wait(20), "an idle engine is not told"
@@ -256,14 +249,12 @@ def test_states_expire_on_a_server_without_requests(server):
 @pytest.mark.parametrize("change", ["rename", "tail"])
 def test_servers_share_names_and_tails(tmp_path, change):
     one, two = Server(tmp_path, disk=3 * 1000), Server(tmp_path, disk=3 * 1000)
-    state = one.say(TEXT[:100], "agent-7", kind="prompt")
-    one.settle()
+    state = one.tell(TEXT[:100], "agent-7", kind="prompt")
     two.store.upkeep.refresh()
     if change == "rename":
         one.ask("rename", session="agent-7", to="agent-8")
     else:
-        one.say(TEXT[:100], "agent-7", tail=[7])
-        one.settle()
+        one.tell(TEXT[:100], "agent-7", tail=[7])
     two.store.upkeep.refresh()
     theirs = replace(two.store.states[state.id].header, rank=0)
     assert theirs == state.header
@@ -271,8 +262,7 @@ def test_servers_share_names_and_tails(tmp_path, change):
 
 def test_a_servers_own_change_is_not_undone_by_what_it_reads(tmp_path):
     server = Server(tmp_path)
-    state = server.say(TEXT[:100], "agent-7")
-    server.settle()
+    state = server.tell(TEXT[:100], "agent-7")
     for name in ("a", "b", "c"):
         server.manager.rename(server.store.states[state.id].header.session, name)
         server.store.upkeep.refresh()
@@ -296,8 +286,7 @@ def test_the_thread_survives_whatever_it_finds(tmp_path, monkeypatch):
     (server.store.directory.path / name).write_bytes(b"x")
     assert broken.wait(20)
     monkeypatch.undo()
-    server.say(TEXT[:100], "agent-7")
-    server.settle()
+    server.tell(TEXT[:100], "agent-7")
     assert server.ask("rename", session="agent-7", to="agent-8")["session"] == "agent-8"
     assert server.store.failures["damaged"] >= 1
 
@@ -305,8 +294,7 @@ def test_the_thread_survives_whatever_it_finds(tmp_path, monkeypatch):
 @pytest.mark.parametrize("wrong", ["unreadable", "renamed", "damaged"])
 def test_files_that_are_not_ours_are_neither_used_nor_deleted(tmp_path, wrong):
     server = Server(tmp_path, memory=0)
-    state = server.say(TEXT[:100], "agent-7")
-    server.settle()
+    state = server.tell(TEXT[:100], "agent-7")
     file = server.store.directory.files(state.id)[0]
     content = file.read_bytes()
     server.close()
@@ -315,7 +303,7 @@ def test_files_that_are_not_ours_are_neither_used_nor_deleted(tmp_path, wrong):
         file.rename(other)
         file = other
     elif wrong == "damaged":
-        file.write_bytes(content[:64] + b"?" * 64 + content[128:])
+        file.write_bytes(content[:8] + b"?" * 64 + content[72:])  # its JSON
     else:
         file.unlink()
         file.symlink_to(tmp_path / "elsewhere")
@@ -330,8 +318,7 @@ def test_files_that_are_not_ours_are_neither_used_nor_deleted(tmp_path, wrong):
 
 def test_a_file_that_cannot_be_read_now_is_not_deleted(tmp_path, monkeypatch):
     server = Server(tmp_path, memory=0)
-    state = server.say(TEXT[:100], "agent-7")
-    server.settle()
+    state = server.tell(TEXT[:100], "agent-7")
 
     def unreadable(path, *args, **kwargs):
         raise transfer.StateFileError(path, "unreadable", "Input/output error")

@@ -1,12 +1,9 @@
 """Stored states belong to what computed them: whatever changes a number changes the fingerprint."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +13,6 @@ from lola_vllm.core.config import config_class
 from lola_vllm.core.state import LayerLayout
 from lola_vllm.memory.sessions import fingerprint
 from lola_vllm.memory.sessions.fingerprint import (
-    Fingerprint,
     adapter_fingerprint,
     model_fingerprint,
     tensor_digest,
@@ -32,7 +28,7 @@ MODEL = {
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory):
     """A directory with weights in two files' worth of tensors, one of them large."""
     out = tmp_path_factory.mktemp("model")
     generator = torch.Generator().manual_seed(0)
@@ -44,14 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def of(
-    model: Path,
-    fields: dict[str, object] | None = None,
-    lola: dict[str, object] | None = None,
-    dtype: torch.dtype = torch.float32,
-    base: str = "llama",
-    **options: object,
-) -> Fingerprint:
+def of(model, fields=None, lola=None, dtype=torch.float32, base="llama", **options):
     """The fingerprint of a model of some config fields."""
     config = config_class(base)(**{**MODEL, **(fields or {})}, lola_config=lola or LOLA)
     layout = LayerLayout.from_config(
@@ -62,7 +51,7 @@ def of(
     return model_fingerprint(config, str(model), pages, **options)
 
 
-def rope(**fields: object) -> dict[str, object]:
+def rope(**fields):
     """A config's field that says how positions turn keys and queries."""
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, **fields}}
 
@@ -87,9 +76,7 @@ def rope(**fields: object) -> dict[str, object]:
         ("ranks", {"pipeline_parallel": 2}),
     ],
 )
-def test_every_part_that_changes_a_number_is_told(
-    model: Path, part: str, kwargs: dict[str, object]
-) -> None:
+def test_every_part_that_changes_a_number_is_told(model, part, kwargs):
     plain, other = of(model, fields=rope()), of(model, **{"fields": rope(), **kwargs})
     assert getattr(plain, part) != getattr(other, part)
     assert plain.key != other.key and plain.difference(plain.to_dict()) is None
@@ -97,15 +84,15 @@ def test_every_part_that_changes_a_number_is_told(
     assert found is not None and found.startswith("another ")
 
 
-def test_the_length_of_contexts_counts_where_positions_come_again(model: Path) -> None:
+def test_the_length_of_contexts_counts_where_positions_come_again(model):
     """A context shift moves positions by the trained length; without it a length changes
     nothing."""
-    longer: dict[str, object] = {"max_position_embeddings": 2048}
+    longer = {"max_position_embeddings": 2048}
     assert of(model, lola=ENDLESS) != of(model, longer, lola=ENDLESS)
     assert of(model) == of(model, longer)
 
 
-def edited(model: Path, out: Path, first: float, share: float) -> Path:
+def edited(model, out, first, share):
     """A copy whose large tensor is another one from `first` of its bytes on, for a share."""
     shutil.copytree(model, out)
     tensors = load_file(out / "model.safetensors")
@@ -117,9 +104,7 @@ def edited(model: Path, out: Path, first: float, share: float) -> Path:
 
 
 @pytest.mark.parametrize("first", [0.0, 0.013, 0.21, 0.503, 0.97])
-def test_a_hundredth_of_a_tensor_is_seen_where_pieces_are_read(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: float
-) -> None:
+def test_a_hundredth_of_a_tensor_is_seen_where_pieces_are_read(model, tmp_path, monkeypatch, first):
     other = edited(model, tmp_path / "other", first, 0.01)
     monkeypatch.setattr(fingerprint, "_WHOLE_BYTES", 0)
     fingerprint._digest_of.cache_clear()
@@ -127,32 +112,20 @@ def test_a_hundredth_of_a_tensor_is_seen_where_pieces_are_read(
     fingerprint._digest_of.cache_clear()
 
 
-def test_a_single_number_is_seen_in_a_checkpoint_that_is_read_whole(
-    model: Path, tmp_path: Path
-) -> None:
+def test_a_single_number_is_seen_in_a_checkpoint_that_is_read_whole(model, tmp_path):
     other = edited(model, tmp_path / "other", 0.4321, 1.5 / 700_000)
     assert tensor_digest(model) != tensor_digest(other)
 
 
-def test_names_and_shapes_count(model: Path, tmp_path: Path) -> None:
+def test_names_and_shapes_count(model, tmp_path):
     tensors = load_file(model / "model.safetensors")
-    found = {tensor_digest(model)}
-    for number, changed in enumerate(
-        (
-            {"large": tensors["large"], "other": tensors["small"]},
-            {"large": tensors["large"], "small": tensors["small"].view(8, 4)},
-        )
-    ):
-        out = tmp_path / str(number)
-        out.mkdir()
-        save_file(changed, out / "model.safetensors")
-        found.add(tensor_digest(out))
-    assert len(found) == 3
+    large, small = tensors["large"], tensors["small"]
+    for changed in ({"large": large, "other": small}, {"large": large, "small": small.view(8, 4)}):
+        save_file(changed, tmp_path / "model.safetensors")
+        assert tensor_digest(tmp_path) != tensor_digest(model)
 
 
-def test_a_copy_on_another_machine_is_the_same_and_a_change_in_place_is_not(
-    model: Path, tmp_path: Path
-) -> None:
+def test_a_copy_on_another_machine_is_the_same_and_a_change_in_place_is_not(model, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(model, copy, copy_function=shutil.copy)  # with times of now
     path = copy / "model.safetensors"
@@ -167,7 +140,7 @@ def test_a_copy_on_another_machine_is_the_same_and_a_change_in_place_is_not(
 
 
 @pytest.fixture
-def adapter(tmp_path: Path) -> Path:
+def adapter(tmp_path):
     """A LoRA adapter as PEFT writes it."""
     out = tmp_path / "adapter"
     out.mkdir()
@@ -177,7 +150,7 @@ def adapter(tmp_path: Path) -> Path:
     return out
 
 
-def test_an_adapter_is_its_weights_and_how_they_are_applied(adapter: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_its_weights_and_how_they_are_applied(adapter, tmp_path):
     plain = adapter_fingerprint("a", str(adapter))
     copy = tmp_path / "copy"
     shutil.copytree(adapter, copy)
@@ -195,7 +168,7 @@ def test_an_adapter_is_its_weights_and_how_they_are_applied(adapter: Path, tmp_p
 
 
 @pytest.mark.parametrize("text", [None, "{", "\xff"])
-def test_an_adapter_whose_config_cannot_be_read_is_refused(adapter: Path, text: str | None) -> None:
+def test_an_adapter_whose_config_cannot_be_read_is_refused(adapter, text):
     path = adapter / "adapter_config.json"
     path.unlink() if text is None else path.write_text(text, encoding="latin-1")
     with pytest.raises(CheckpointError, match=r"adapter_config\.json"):

@@ -1,28 +1,25 @@
 """Libraries in the store: what is listed, composed once, expired and deleted."""
 
-from __future__ import annotations
-
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
+from lola_vllm.memory.documents.shelf import KeyShelf
 from lola_vllm.memory.sessions.file import KEYS_SUFFIX, StateFileError, keys_file
 from lola_vllm.memory.sessions.manager import COMPOSED_TTL
 from lola_vllm.memory.sessions.names import Part, part_session
 from lola_vllm.memory.sessions.prefix_hash import salt_hash
 from tests.support.sessions import ROW, Server, names, row_of, size_of
+from tests.unit.memory.documents.test_shelf import same
+from tests.unit.memory.sessions.test_swapped import keys_of
 
 ONE, TWO, THREE = list(range(100, 140)), list(range(500, 541)), list(range(700, 760))
 
 
 @pytest.fixture(params=["memory", "both"])
-def server(request: Any, tmp_path: Path) -> Server:
-    directory = None if request.param == "memory" else tmp_path
-    server = Server(directory, memory=100 * ROW)
+def server(request, tmp_path):
+    server = Server(None if request.param == "memory" else tmp_path)
     read(server, "library-1", ONE, Part("pumps", "a.md", 1, 2))
     read(server, "library-2", TWO, Part("pumps", "a.md", 2, 2))
     read(server, "library-3", THREE, Part("pumps", "b.md"))
@@ -34,7 +31,7 @@ def read(server: Server, session: str, tokens: list[int], part: Part, **options:
     server.say(tokens, session, kind="prompt", part=part, **options)
 
 
-def test_a_library_is_its_parts(server: Server) -> None:
+def test_a_library_is_its_parts(server):
     (summary,) = server.ask("libraries")
     assert (summary["library"], summary["documents"], summary["parts"]) == ("pumps", 2, 3)
     assert summary["tokens"] == len(ONE) + len(TWO) + len(THREE)
@@ -48,7 +45,7 @@ def test_a_library_is_its_parts(server: Server) -> None:
     assert server.ask("library", library="valves")["kind"] == "not-found"
 
 
-def test_parts_are_composed(server: Server) -> None:
+def test_parts_are_composed(server):
     made = server.ask("compose_parts", sources=["library-1", "library-3"])
     assert server.ask("show", session=made["session"])["made_of"] == ["library-1@1", "library-3@1"]
     one, two = server.ask("texts", sessions=["library-1", "library-3"])
@@ -59,7 +56,7 @@ def test_parts_are_composed(server: Server) -> None:
     assert 0 < state["expires"] - server.clock.now <= COMPOSED_TTL
 
 
-def test_a_deleted_document_takes_the_answers_along(server: Server) -> None:
+def test_a_deleted_document_takes_the_answers_along(server):
     made = server.ask("compose_parts", sources=["library-2", "library-3"])["session"]
     other = server.ask("compose_parts", sources=["library-3"])["session"]
     server.ask("compose", sources=["library-1"], to="mine")
@@ -81,7 +78,7 @@ def test_a_deleted_document_takes_the_answers_along(server: Server) -> None:
     assert server.ask("libraries") == []
 
 
-def test_a_document_is_replaced_when_the_new_one_is_whole(server: Server) -> None:
+def test_a_document_is_replaced_when_the_new_one_is_whole(server):
     """Until then the old one is asked, and afterwards nothing of it is left."""
     add = lambda addition, number, tokens: read(  # noqa: E731
         server, part_session(addition * 24, number), tokens, Part("pumps", "c.md", number, 2)
@@ -116,7 +113,7 @@ def test_a_document_is_replaced_when_the_new_one_is_whole(server: Server) -> Non
     assert left == {"library-1", "library-2", "library-3", *parts} and made not in left
 
 
-def test_two_additions_of_a_title_do_not_mix_their_parts(server: Server) -> None:
+def test_two_additions_of_a_title_do_not_mix_their_parts(server):
     for number, one, other in ((1, ONE, TWO), (2, THREE[:40], THREE[40:])):
         for addition, tokens in (("a", one), ("b", other)):
             name = part_session(addition * 24, number)
@@ -126,7 +123,7 @@ def test_two_additions_of_a_title_do_not_mix_their_parts(server: Server) -> None
     assert document["complete"] and server.ask("libraries")[0]["documents"] == 3
 
 
-def test_owners_see_their_own(server: Server) -> None:
+def test_owners_see_their_own(server):
     read(server, "library-9", ONE, Part("pumps", "theirs"), salt=salt_hash("other"))
     (theirs,) = server.ask("library", library="pumps", salt="other")["documents"]
     assert theirs["document"] == "theirs"
@@ -134,7 +131,7 @@ def test_owners_see_their_own(server: Server) -> None:
     assert server.ask("libraries")[0]["parts"] == 3
 
 
-def test_keys_count_in_the_budgets(tmp_path: Path) -> None:
+def test_keys_count_in_the_budgets(tmp_path):
     """Three sessions fit; three documents, each with keys beside its state, do not."""
 
     def key_bytes(num_tokens: int) -> int:
@@ -162,55 +159,37 @@ def test_keys_count_in_the_budgets(tmp_path: Path) -> None:
     assert again.store.disk.nbytes == 2 * (size_of(40) + key_bytes(40))
 
 
-class Keys:
-    """A shelf that notes what it gets."""
+def test_keys_are_taken_when_a_part_is_stored_and_when_they_are_missing(server):
+    (worker,), directory = server.workers, server.store.directory
+    worker._shelf = shelf = KeyShelf(keys_of, directory and directory.path)
+    part = server.say(ONE, "library-8", kind="prompt", part=Part("valves", "c.md"))
+    talk = server.tell(TWO, "talk")
+    keys = keys_of(row_of(ONE), len(ONE))
+    assert same(shelf.find(part.id), keys) and shelf.find(talk.id) is None
 
-    def __init__(self) -> None:
-        self.kept: dict[str, tuple[Tensor, int, bool]] = {}
+    def lose():
+        shelf.drop(part.id)
+        if directory is not None:
+            keys_file(directory.path, part.id).unlink()
+        assert shelf.find(part.id) is None
 
-    def add(self, state: str, row: Tensor, num_tokens: int, disk: bool) -> object:
-        self.kept[state] = (row.clone(), num_tokens, disk)
-        return self.kept[state]
-
-    def of_state(self, row: Tensor, num_tokens: int, count: int) -> object:
-        return row.clone(), num_tokens, count
-
-    def find(self, state: str) -> object | None:
-        return self.kept.get(state)
-
-    def drop(self, state: str) -> None:
-        self.kept.pop(state, None)
-
-
-def test_keys_are_taken_when_a_part_is_stored_and_when_they_are_missing(server: Server) -> None:
-    (worker,) = server.workers
-    worker._shelf = keys = Keys()
-    on_disk = server.store.directory is not None
-    server.say(ONE, "library-8", kind="prompt", part=Part("valves", "c.md"))
-    server.say(TWO, "talk")
-    server.settle()
-    (kept,) = keys.kept.values()
-    assert torch.equal(kept[0], row_of(ONE)) and kept[1:] == (len(ONE), on_disk)
-    (part,) = server.ask("library", library="valves")["documents"][0]["parts"]
-    keys.kept.clear()
-    found = worker.document_keys(part["id"], len(ONE))
-    assert found is keys.kept[part["id"]] and torch.equal(found[0], row_of(ONE))
-    assert found[1:] == (len(ONE), on_disk)
-    if on_disk:  # and from the file
-        keys.kept.clear()
-        worker._states.clear()
-        assert torch.equal(worker.document_keys(part["id"], len(ONE))[0], row_of(ONE))
-    keys.kept.clear()
-    row, *numbers = worker.document_keys(part["id"], len(ONE), 7)  # of memory, or of the file
-    assert torch.equal(row, row_of(ONE)) and numbers == [len(ONE), 7] and not keys.kept
+    lose()
+    assert same(worker.document_keys(part.id, len(ONE)), keys)
+    assert same(shelf.find(part.id), keys)
+    lose()
+    if directory is not None:
+        worker._states.clear()  # the state is in its file alone
+    assert worker.document_keys(part.id, len(ONE), 7).num_tokens == 7
+    assert shelf.find(part.id) is None  # those of the newest tokens are not kept
+    assert same(worker.document_keys(part.id, len(ONE)), keys)
     server.ask("remove_documents", library="valves")
     server.settle()
-    assert not keys.kept
+    assert shelf.find(part.id) is None
     with pytest.raises((OSError, StateFileError)):
-        worker.document_keys(part["id"], len(ONE))
+        worker.document_keys(part.id, len(ONE))
 
 
-def test_keys_without_a_state_are_removed_after_a_while(tmp_path: Path) -> None:
+def test_keys_without_a_state_are_removed_after_a_while(tmp_path):
     server = Server(tmp_path, memory=100 * ROW)
     assert server.store.directory is not None
     old, new = (keys_file(server.store.directory.path, c * 32) for c in "ab")

@@ -1,10 +1,7 @@
 """Segments of a session's text in the store: which are its own, and where they go with it."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +15,7 @@ TEXT, SIZE = list(range(100, 190)), 40
 
 
 @pytest.fixture(params=["memory", "both"])
-def server(request: Any, tmp_path: Path) -> Server:
+def server(request, tmp_path):
     server = Server(None if request.param == "memory" else tmp_path, memory=100 * ROW)
     server.say(TEXT, "chat")
     for number in (0, 1):
@@ -49,7 +46,7 @@ def segments(server: Server, session: str = "chat", **more: Any) -> list[int]:
     return [segment["segment"] for segment in found["segments"]]
 
 
-def test_a_session_has_its_segments(server: Server) -> None:
+def test_a_session_has_its_segments(server):
     found = server.ask("past", reference="chat", size=SIZE)
     assert found["tokens"] == len(TEXT) and found["id"] in server.store.states
     assert [one["session"] for one in found["segments"]] == ["library-chat-0-1", "library-chat-1-2"]
@@ -59,7 +56,7 @@ def test_a_session_has_its_segments(server: Server) -> None:
     assert segments(server, salt="other") == []
 
 
-def test_segments_of_another_text_are_deleted(server: Server) -> None:
+def test_segments_of_another_text_are_deleted(server):
     keep(server, 1, TEXT[1 : SIZE + 1])  # of no segment
     keep(server, 2, TEXT[-SIZE:])  # one that is not complete
     keep(server, 0, TEXT[: SIZE - 8])
@@ -74,7 +71,7 @@ def test_segments_of_another_text_are_deleted(server: Server) -> None:
 
 
 @pytest.mark.parametrize("ttl", [None, 50.0])
-def test_segments_stay_as_long_as_their_session(server: Server, ttl: float | None) -> None:
+def test_segments_stay_as_long_as_their_session(server, ttl):
     """Also one that is kept longer than it was to be when they were read."""
     server.say([*TEXT, 1], "brief", ttl=ttl)
     assert keep(server, 0, TEXT[:SIZE], session="brief", ttl=5.0).header.expires is None
@@ -86,7 +83,7 @@ def test_segments_stay_as_long_as_their_session(server: Server, ttl: float | Non
         server.say(TEXT[:SIZE], "library-gone", part=Part(PAST, "0" * 32))
 
 
-def test_segments_go_when_their_session_is_evicted(tmp_path: Path) -> None:
+def test_segments_go_when_their_session_is_evicted(tmp_path):
     server = Server(memory=size_of(len(TEXT)) + 2 * size_of(SIZE))
     server.say(TEXT, "chat")
     keep(server, 0, TEXT[:SIZE])
@@ -97,7 +94,7 @@ def test_segments_go_when_their_session_is_evicted(tmp_path: Path) -> None:
     assert server.workers[0].num_states == 1
 
 
-def test_a_killed_server_leaves_no_segment_without_its_session(tmp_path: Path) -> None:
+def test_a_killed_server_leaves_no_segment_without_its_session(tmp_path):
     server = Server(tmp_path)
     session = server.say(TEXT, "chat")
     segment = keep(server, 0, TEXT[:SIZE])
@@ -112,7 +109,7 @@ def test_a_killed_server_leaves_no_segment_without_its_session(tmp_path: Path) -
 
 
 @pytest.fixture
-def two(tmp_path: Path) -> tuple[Server, Server]:
+def two(tmp_path):
     """Two servers on a directory, of which both know a session and a segment of it."""
     servers = Server(tmp_path), Server(tmp_path)
     servers[0].say(TEXT, "chat")
@@ -122,7 +119,7 @@ def two(tmp_path: Path) -> tuple[Server, Server]:
     return servers
 
 
-def test_segments_are_in_the_directory_only_while_their_session_is(two: Any) -> None:
+def test_segments_are_in_the_directory_only_while_their_session_is(two):
     """A server that starts drops those whose session it does not know."""
     server, other = two
     (session,) = server.store.lookup(Reference("chat"))
@@ -136,7 +133,7 @@ def test_segments_are_in_the_directory_only_while_their_session_is(two: Any) -> 
     assert segments(server) == [0, 1] and list(server.store.directory.path.iterdir()) == []
 
 
-def test_segments_leave_the_directory_when_another_server_takes_their_session_out(two: Any) -> None:
+def test_segments_leave_the_directory_when_another_server_takes_their_session_out(two):
     server, other = two
     (session,) = other.store.lookup(Reference("chat"))
     other.store.directory.unlink([session.id])
@@ -145,7 +142,7 @@ def test_segments_leave_the_directory_when_another_server_takes_their_session_ou
     assert segments(server) == [0] and list(server.store.directory.path.iterdir()) == []
 
 
-def test_segments_of_what_nobody_named_are_not_written(tmp_path: Path) -> None:
+def test_segments_of_what_nobody_named_are_not_written(tmp_path):
     server = Server(tmp_path, store="named")
     unnamed = server.say(TEXT).header.session
     server.ask("compose", sources=[unnamed], to="chat")
@@ -155,7 +152,7 @@ def test_segments_of_what_nobody_named_are_not_written(tmp_path: Path) -> None:
     assert list(server.store.directory.path.iterdir()) == [] and segments(server) == [0]
 
 
-def test_their_owner_sees_that_they_exist(server: Server) -> None:
+def test_their_owner_sees_that_they_exist(server):
     nbytes = 2 * server.store.state_bytes(SIZE, True)
     (listed,) = server.ask("sessions")
     shown = server.ask("show", session="chat")
@@ -164,7 +161,7 @@ def test_their_owner_sees_that_they_exist(server: Server) -> None:
     assert server.ask("sessions", salt="other") == []
 
 
-def test_segments_are_renamed_and_deleted_with_their_session(server: Server) -> None:
+def test_segments_are_renamed_and_deleted_with_their_session(server):
     made = server.ask("compose_parts", sources=["chat", "library-chat-0-1"])["session"]
     server.say(TEXT[:-1], "other")
     other = keep(server, 0, TEXT[:SIZE], session="other").header.session
@@ -181,7 +178,7 @@ def test_segments_are_renamed_and_deleted_with_their_session(server: Server) -> 
     assert left == {"other", other} and made not in left
 
 
-def test_a_fork_has_none_yet(server: Server) -> None:
+def test_a_fork_has_none_yet(server):
     server.ask("fork", reference="chat", to="fork")
     server.settle()
     assert segments(server, "fork") == [] and segments(server) == [0, 1]

@@ -1,10 +1,7 @@
 """What cannot be done, each with the words for it."""
 
-from __future__ import annotations
-
 import functools
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,13 +79,7 @@ def written(**fields: Any) -> None:
             {"expires": float("nan")}, {"created": float("inf")}, {"adapter": "a\nb"})]),
     ],
 )  # fmt: skip
-def test_calls(
-    error: type[Exception],
-    words: str,
-    calls: list[Callable[[], object]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_calls(error, words, calls, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for call in calls:
         with pytest.raises(error, match=words):
@@ -97,9 +88,7 @@ def test_calls(
 
 
 @pytest.mark.parametrize("content", [b"", b"Secret!?\n", b"x" * 31 + b"\n", b"x" * 5000])
-def test_keys_that_are_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
-) -> None:
+def test_keys_that_are_none(tmp_path, monkeypatch, content):
     path = tmp_path / "key"
     path.write_bytes(content)
     monkeypatch.setenv("SOME_KEY", content.decode())
@@ -112,10 +101,8 @@ def test_keys_that_are_none(
         Server(tmp_path / "s", key_file=tmp_path / "none")
 
 
-@pytest.fixture(params=["memory", "disk", "both"])
-def server(request: Any, tmp_path: Path) -> Server:
-    directory = None if request.param == "memory" else tmp_path
-    server = Server(directory, memory=0 if request.param == "disk" else 100 * ROW)
+@pytest.fixture
+def server(server):
     for name, tokens, more in (
         ("one", ONE, {}), ("two", TWO, {}), ("tiny", [1, 2, 3], {}),
         ("tuned", ONE, {"adapter": "lora:1"}), ("hers", TWO, {"salt": ALICE}),
@@ -152,16 +139,14 @@ def composed(*sources: str, to: str = "new") -> tuple[str, dict[str, Any]]:
         (("close", {}), "bad", "no such method"),
     ],
 )
-def test_what_is_asked_of_sessions(
-    server: Server, asked: tuple[str, dict[str, Any]], kind: str, words: str
-) -> None:
+def test_what_is_asked_of_sessions(server, asked, kind, words):
     before = server.ask("sessions")
     answer = server.ask(asked[0], **asked[1])
     assert (answer.get("kind"), words in answer.get("error", "")) == (kind, True), answer
     assert server.ask("sessions") == before
 
 
-def test_what_requests_start_from(server: Server) -> None:
+def test_what_requests_start_from(server):
     """Of another salt it is not told that there is one."""
     for name, text, longest, more, words in (
         ("hers", TWO, 41, {}, "nothing is stored under 'hers'"),
@@ -188,16 +173,9 @@ def test_what_requests_start_from(server: Server) -> None:
         (["list", "--lola-state-dir", "no-such"], "no such directory"),
     ],
 )
-def test_what_is_asked_of_a_directory(
-    words: list[str],
-    message: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_is_asked_of_a_directory(words, message, tmp_path, capsys, monkeypatch):
     server = Server(tmp_path)
-    server.say(ONE, "one")
-    server.settle()
+    server.tell(ONE, "one")
     monkeypatch.setenv("EMPTY", " \n")
     verb, *more = words
     assert cli.main(["states", verb, "--lola-state-dir", str(tmp_path), *more]) == 2

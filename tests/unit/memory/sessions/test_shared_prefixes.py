@@ -10,7 +10,7 @@ from lola_vllm.engine.vllm.session_requests import SchedulerHalf
 from lola_vllm.engine.vllm.waypoints import WaypointPlan
 from lola_vllm.memory.sessions.prefix_hash import HASH_BLOCK, PrefixHashes, namespace
 from lola_vllm.memory.sessions.shared_prefixes import RecentPrompts
-from tests.support.sessions import Server
+from tests.support.sessions import Server, names
 
 
 def text(seed, n):
@@ -24,11 +24,19 @@ def hashes(tokens, salt="", adapter=""):
 SHARED = text(0, 600)
 
 
-def test_the_second_prompt_branches_and_later_ones_do_there():
+@pytest.mark.parametrize(
+    ("lengths", "branches"),
+    [
+        ([600, 600, 600], [0, 600, 600]),  # where the second one branches, later ones do
+        # Places that save less than a block are left.
+        ([HASH_BLOCK - 1] * 2, [0, 0]),
+        ([HASH_BLOCK] * 2 + [HASH_BLOCK + 40] * 2, [0] + [HASH_BLOCK] * 3),
+    ],
+)
+def test_prompts_branch_where_they_begin_alike(lengths, branches):
     known = RecentPrompts()
-    assert known.observe(hashes([*SHARED, 1000, *text(1, 300)])) == 0
-    assert known.observe(hashes([*SHARED, 1001, *text(2, 50)])) == 600
-    assert known.observe(hashes([*SHARED, 1002, *text(3, 500)])) == 600
+    prompts = [[*SHARED[:n], 1000 + i, *text(i, 50 * i)] for i, n in enumerate(lengths)]
+    assert [known.observe(hashes(prompt)) for prompt in prompts] == branches
 
 
 def test_a_chat_goes_on_from_the_ends_of_its_prompts():
@@ -37,18 +45,6 @@ def test_a_chat_goes_on_from_the_ends_of_its_prompts():
         said = said + text(turn, 400)
         assert known.observe(hashes(said)) == 0
         said = said + text(50 + turn, 30)  # the answer
-
-
-def test_places_that_save_less_than_a_block_are_left():
-    known = RecentPrompts()
-    known.observe(hashes([*SHARED[: HASH_BLOCK - 1], 1000]))
-    assert known.observe(hashes([*SHARED[: HASH_BLOCK - 1], 1001])) == 0
-    known = RecentPrompts()
-    known.observe(hashes([*SHARED[:HASH_BLOCK], 1000]))
-    assert known.observe(hashes([*SHARED[:HASH_BLOCK], 1001])) == HASH_BLOCK
-    # A little more in common than what is stored.
-    known.observe(hashes([*SHARED[: HASH_BLOCK + 40], 1002]))
-    assert known.observe(hashes([*SHARED[: HASH_BLOCK + 40], 1003])) == HASH_BLOCK
 
 
 def test_the_same_prompt_branches_before_its_end_until_it_was_read():
@@ -200,17 +196,6 @@ def test_who_takes_no_part_stores_nothing_for_others(lola):
     assert 600 not in [n for n, _ in engine.shared()]
 
 
-@pytest.fixture(params=["memory", "disk"])
-def server(request, tmp_path):
-    server = Server(None if request.param == "memory" else tmp_path)
-    yield server
-    server.close()
-
-
-def names(server):
-    return {state.header.session for state in server.store.states.values()}
-
-
 def test_a_shared_prefix_is_deleted_with_the_last_that_goes_on_from_it(server):
     server.say(SHARED[:300], "shared-1", kind="prompt")
     server.say(SHARED[:500], "shared-2", kind="prompt")
@@ -233,15 +218,13 @@ def test_a_shared_prefix_is_deleted_with_the_last_that_goes_on_from_it(server):
 def test_a_prefix_goes_with_the_first_of_the_prompts_that_had_it(server):
     """That prompt was read before its prefix was stored, so its states do not name it."""
     server.say([*SHARED[:500], 1001], "first")
-    server.say(SHARED[:500], "shared-1", kind="prompt")
-    server.settle()
+    server.tell(SHARED[:500], "shared-1", kind="prompt")
     server.ask("delete", reference="first")
     assert names(server) == set()
 
 
 def test_shared_prefixes_of_other_owners_stay(server):
     server.say(SHARED[:500], "shared-1", kind="prompt", salt="a" * 32)
-    server.say([*SHARED[:500], 1001], "one")
-    server.settle()
+    server.tell([*SHARED[:500], 1001], "one")
     server.ask("delete", reference="one")
     assert names(server) == {"shared-1"}

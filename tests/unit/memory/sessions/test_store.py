@@ -18,13 +18,6 @@ from tests.support.sessions import FINGERPRINT, ROW, Server, row_of, size_of
 TEXT = list(range(1000, 1700))
 
 
-@pytest.fixture(params=["memory", "disk", "both"])
-def server(request, tmp_path):
-    directory = None if request.param == "memory" else tmp_path
-    server = Server(directory, memory=0 if request.param == "disk" else 100 * ROW)
-    return server
-
-
 @pytest.mark.parametrize(
     "n", [1, 2, HASH_BLOCK - 1, HASH_BLOCK, HASH_BLOCK + 1, 2 * HASH_BLOCK, 2 * HASH_BLOCK + 7]
 )
@@ -77,8 +70,7 @@ def test_the_same_text_is_stored_once(server):
 def test_a_fork_of_a_file_is_restored_before_its_own_file_is_there(tmp_path):
     """The thread that reads must not come before the one that copies."""
     server = Server(tmp_path, memory=0)
-    server.say(TEXT[:100], "agent-7")
-    server.settle()
+    server.tell(TEXT[:100], "agent-7")
     free = threading.Event()
     server.workers[0]._writer.submit(free.wait, 20)
     server.manager.fork("agent-7", "twig")
@@ -162,6 +154,7 @@ def test_ten_thousand_sessions_through_a_budget_of_a_hundred(tmp_path, memory, d
         assert len(os.listdir(server.store.directory.path)) == disk
     assert server.restore([count - 1, 1, 2, 3, 4]) == 4
     assert server.restore([count - most, 1, 2, 3, 4]) == 4
+    assert server.store.memory.nbytes <= memory * size_of(4)  # a file takes no more of it
     assert server.restore([count - most - 1, 1, 2, 3, 4]) == 0
     server.manager.clear()
     server.settle()
@@ -215,14 +208,12 @@ def test_a_restart_finds_what_was_written(tmp_path):
 def test_a_directory_over_budget_loses_what_no_server_used(tmp_path):
     one, two = (Server(tmp_path, memory=0, disk=3 * size_of(10)) for _ in range(2))
     for n in (1, 2, 3):
-        one.say([n] * 10)
-        one.settle()
+        one.tell([n] * 10)
     two.store.upkeep.refresh()
     assert two.restore([1] * 11) == 10
     for state in two.store.states.values():  # files have times of whole clocks, tests do not
         state.used = float(state.used)
-    two.say([4] * 10)
-    two.settle()
+    two.tell([4] * 10)
     one.store.upkeep.refresh()
     assert len(one.store.states) == 3
     assert one.restore([4] * 11) == one.restore([1] * 11) == 10
@@ -232,8 +223,7 @@ def test_a_directory_over_budget_loses_what_no_server_used(tmp_path):
 def test_a_damaged_file_is_counted_and_computed_again(tmp_path, damage):
     server = Server(tmp_path, memory=0)
     server.say(TEXT[:100])
-    server.say([7] * 50)
-    server.settle()
+    server.tell([7] * 50)
     state = server.store.find(server.store.prefix_hashes(TEXT), 699)
     path = server.store.directory.files(state.id)[0]
     if damage == "flip":
@@ -254,18 +244,15 @@ def test_a_damaged_file_is_counted_and_computed_again(tmp_path, damage):
 def test_a_directory_that_vanishes_loses_nothing_in_memory(tmp_path):
     root = tmp_path / "states"
     server = Server(root)
-    server.say(TEXT[:100])
-    server.settle()
+    server.tell(TEXT[:100])
     server.store.directory.path.rename(tmp_path / "elsewhere")
-    server.say(TEXT[:200])
-    server.settle()
+    server.tell(TEXT[:200])
     assert server.store.failures == {"io": 1}
     assert server.restore(TEXT) == 200 and server.restore(TEXT[:150]) == 100
     server.store.upkeep.refresh()
     assert server.restore(TEXT) == 200
     (tmp_path / "elsewhere").rename(server.store.directory.path)
-    server.say(TEXT[:300])
-    server.settle()
+    server.tell(TEXT[:300])
     assert server.restore(TEXT) == 300
     assert len(os.listdir(server.store.directory.path)) == 2
 
@@ -297,8 +284,7 @@ def test_a_slow_disk_does_not_fill_the_memory(tmp_path, monkeypatch):
 def test_all_ranks_or_none(tmp_path):
     server = Server(tmp_path, ranks=2)
     server.say(TEXT[:100])
-    server.say([3] * 30)
-    server.settle()
+    server.tell([3] * 30)
     assert server.restore(TEXT) == 100
     server.close()
     server = Server(tmp_path, ranks=2, memory=0)
@@ -344,8 +330,7 @@ def test_threads_use_a_store_at_once(tmp_path):
 
 def test_an_order_of_a_state_that_left_deletes_what_was_found_of_it_since(tmp_path):
     server = Server(tmp_path)
-    server.say(TEXT[:50], "agent")
-    server.settle()
+    server.tell(TEXT[:50], "agent")
     (left,) = server.store.states.values()
     server.store.forget(left, keep_file=True)
     server.store.upkeep.refresh()
@@ -367,8 +352,7 @@ def test_references_and_settings():
 def test_what_was_said_after_a_state_is_kept_with_it(server):
     """The last token of an answer is sampled, and no state covers it until the text goes on."""
     prompt = server.say(TEXT[:50], "agent", kind="prompt")
-    server.say(TEXT[:60], "agent", tail=[TEXT[60]])
-    server.settle()
+    server.tell(TEXT[:60], "agent", tail=[TEXT[60]])
     told = server.manager.tokens("agent")
     assert (told["tokens"], told["tail"], told["kind"]) == (TEXT[:60], [TEXT[60]], "answer")
     # An answer of one token: its state is that at the end of the prompt.
@@ -388,3 +372,45 @@ def test_what_was_said_after_a_state_is_kept_with_it(server):
     server.manager.fork("short", "branch")
     server.settle()
     assert server.manager.tokens("branch")["tail"] == [7]
+
+
+# Texts that nobody named: in memory only, unless the operator or a name says otherwise.
+UNNAMED = [None, "shared-0123456789abcdef"]
+
+
+def files(tmp_path):
+    return list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", UNNAMED)
+def test_a_text_that_nobody_named_does_not_reach_the_disk(tmp_path, name):
+    server = Server(tmp_path, store="named")
+    state = server.say(TEXT[:100], name)
+    server.tell(TEXT[100:200], "agent-7")
+    assert state.tiers == {"memory"}
+    assert [read_header(path).session for path in files(tmp_path)] == ["agent-7"]
+    assert server.restore(TEXT[:110]) == 100  # and is found all the same
+    server.close()
+    server = Server(tmp_path, store="named")
+    assert [session for _, session in server.store.sessions] == ["agent-7"]
+    server.close()
+    server = Server(tmp_path, memory=0, store="named")
+    with pytest.raises(NotStored, match="give a name, or start the server with --lola-store all"):
+        server.say(TEXT[:100], name)
+
+
+@pytest.mark.parametrize("name", UNNAMED)
+@pytest.mark.parametrize("verb", ["rename", "fork"])
+def test_a_text_that_gets_a_name_reaches_the_disk(tmp_path, verb, name):
+    server = Server(tmp_path, store="named", ranks=2)
+    state = server.say(TEXT[:100], name)
+    auto = state.header.session
+    subject = {"session": auto} if verb == "rename" else {"reference": auto}
+    found = server.ask(verb, to="agent-7", **subject)
+    assert found["states"][0]["tiers"] == ["disk", "memory"]
+    server.settle()
+    assert [read_header(path).session for path in files(tmp_path)] == ["agent-7"] * 2
+    server.close()
+    server = Server(tmp_path, store="named", ranks=2)
+    assert server.restore(TEXT[:110]) == 100
+    assert "error" in server.ask("show", session=auto)

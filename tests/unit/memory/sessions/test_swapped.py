@@ -1,7 +1,5 @@
 """Files that were put in each other's place: no reader gives an owner another's text."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,13 +31,12 @@ def started(root: Path, sealed: bool, **settings: Any) -> Server:
 
 
 @pytest.fixture(params=["plain", "encrypted"])
-def server(request: Any, tmp_path: Path) -> Server:
+def server(request, tmp_path):
     """One with two ranks, with a session of each owner in files alone."""
     server = started(tmp_path, request.param == "encrypted", ranks=2)
     for salt, tokens in TEXTS.items():
         server.say(tokens, "talk", salt=salt_hash(salt))
-    server.say([1, 2, 3], "more", salt=salt_hash("alice"))
-    server.settle()
+    server.tell([1, 2, 3], "more", salt=salt_hash("alice"))
     return server
 
 
@@ -87,13 +84,7 @@ def is_refused(server: Server, caplog: pytest.LogCaptureFixture) -> None:
         ("past", {"reference": "talk", "size": 8}, BOTH),
     ],
 )
-def test_who_asks_for_a_session_does_not_get_anothers(
-    server: Server,
-    caplog: pytest.LogCaptureFixture,
-    method: str,
-    arguments: dict[str, Any],
-    ranks: tuple[int, ...],
-) -> None:
+def test_who_asks_for_a_session_does_not_get_anothers(server, caplog, method, arguments, ranks):
     swap(server, ranks)
     answer = server.ask(method, **arguments, salt="alice")
     assert answer.keys() == {"error", "kind"} and answer["kind"] == "not-found"
@@ -102,9 +93,7 @@ def test_who_asks_for_a_session_does_not_get_anothers(
 
 
 @each_rank
-def test_a_request_does_not_start_from_anothers(
-    server: Server, caplog: pytest.LogCaptureFixture, ranks: tuple[int, ...]
-) -> None:
+def test_a_request_does_not_start_from_anothers(server, caplog, ranks):
     swap(server, ranks)
     state = server.store.find(server.store.prefix_hashes([*HERS, 7], "", salt_hash("alice")), 40)
     assert state is not None
@@ -120,13 +109,7 @@ def test_a_request_does_not_start_from_anothers(
     ("method", "arguments"),
     [("fork", {"reference": "talk"}), ("compose", {"sources": ["talk", "more"]})],
 )
-def test_a_rank_makes_nothing_of_anothers(
-    server: Server,
-    caplog: pytest.LogCaptureFixture,
-    method: str,
-    arguments: dict[str, Any],
-    ranks: tuple[int, ...],
-) -> None:
+def test_a_rank_makes_nothing_of_anothers(server, caplog, method, arguments, ranks):
     assert "error" not in server.manager.call(method, {**arguments, "to": "new", "salt": "alice"})
     swap(server, ranks)  # before the ranks get their orders
     failed = [outcome for outcome in server.settle() if "failed" in outcome.event]
@@ -137,7 +120,7 @@ def test_a_rank_makes_nothing_of_anothers(
 
 
 @each_rank
-def test_a_file_of_anothers_is_not_rewritten(server: Server, ranks: tuple[int, ...]) -> None:
+def test_a_file_of_anothers_is_not_rewritten(server, ranks):
     swap(server, ranks)
     files = server.store.directory.files(state_of(server, "alice").id)
     before = [path.read_bytes() for path in files]
@@ -146,7 +129,7 @@ def test_a_file_of_anothers_is_not_rewritten(server: Server, ranks: tuple[int, .
     assert [path.read_bytes() for path in files] == before
 
 
-def test_a_header_of_another_text_is_not_taken_over(server: Server) -> None:
+def test_a_header_of_another_text_is_not_taken_over(server):
     """One server's file under the id of another's state, as whoever writes files may put it."""
     state = state_of(server, "alice")
     before = state.header
@@ -169,7 +152,7 @@ def new_shelf(server: Server) -> dict[str, str]:
 
 
 @pytest.fixture(params=["plain", "encrypted"])
-def library(request: Any, tmp_path: Path) -> Server:
+def library(request, tmp_path):
     """One with a document of each owner, and its keys."""
     server = started(tmp_path, request.param == "encrypted")
     directory = server.store.directory
@@ -188,17 +171,13 @@ def are_of(server: Server, salt: str) -> bool:
     return torch.equal(found.keys[0].numbers, expected.numbers)
 
 
-def test_keys_come_from_the_file_of_their_state(
-    library: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_keys_come_from_the_file_of_their_state(library, monkeypatch):
     monkeypatch.setattr(library.workers[0], "_from_file", None)  # no state is read for them
     assert all(are_of(library, salt) for salt in TEXTS)
 
 
 @pytest.mark.parametrize("kept", ["", "hash", "id"])
-def test_keys_of_another_state_are_made_anew(
-    library: Server, caplog: pytest.LogCaptureFixture, kept: str
-) -> None:
+def test_keys_of_another_state_are_made_anew(library, caplog, kept):
     """A file of the same name that says nothing of its state, or of another text, or id."""
     directory, state = library.store.directory, state_of(library, "alice", "library-alice")
     names = {"id": state.id + "00" * 16, "hash": "00" * 16 + state.header.prefix_hash, "": ""}
@@ -211,7 +190,7 @@ def test_keys_of_another_state_are_made_anew(
 
 
 @pytest.mark.parametrize("newest", [False, True])
-def test_keys_are_not_taken_from_anothers_state(library: Server, newest: bool) -> None:
+def test_keys_are_not_taken_from_anothers_state(library, newest):
     ids, (worker,) = new_shelf(library), library.workers
     exchange(*(library.store.directory.files(state)[0] for state in ids.values()))
     with pytest.raises(StateFileError, match="another state"):

@@ -1,8 +1,6 @@
 """A document's text in parts: as many tokens as were asked for, and no work for a client that has
 left."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from types import SimpleNamespace
@@ -42,7 +40,7 @@ def engine_with(tokenizer: Tokenizer) -> Any:
 
 
 @pytest.mark.parametrize("most", [160, 400])
-def test_no_part_has_more_tokens_than_were_asked_for(most: int) -> None:
+def test_no_part_has_more_tokens_than_were_asked_for(most):
     """Those count that a tokenizer begins each text with."""
     text = "".join(f"Line {i} of a text{'.' * (i % 7)}\n" for i in range(300))
     body = AddRequest(document="d", text=text, part_tokens=most)
@@ -50,7 +48,7 @@ def test_no_part_has_more_tokens_than_were_asked_for(most: int) -> None:
     assert len(parts) > 3 and all(part[0] == BOS and len(part) <= most for part in parts)
 
 
-def test_a_client_that_leaves_stops_the_work() -> None:
+def test_a_client_that_leaves_stops_the_work():
     tokenizer = Tokenizer()
     tokenizer.goes_on.clear()
     body = AddRequest(document="d", text="line\n" * 2000, part_tokens=160)

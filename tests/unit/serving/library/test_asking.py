@@ -1,7 +1,5 @@
 """A question to a library of which a document is deleted meanwhile."""
 
-from __future__ import annotations
-
 import asyncio
 from http import HTTPStatus
 from types import SimpleNamespace
@@ -28,9 +26,7 @@ async def asked(engine: Any) -> None:
 
 @pytest.mark.parametrize("status", [HTTPStatus.NOT_FOUND, HTTPStatus.SERVICE_UNAVAILABLE])
 @pytest.mark.parametrize("deleted", ["nothing", "a document", "the library"])
-def test_it_is_told_that_a_document_is_gone(
-    monkeypatch: pytest.MonkeyPatch, status: HTTPStatus, deleted: str
-) -> None:
+def test_it_is_told_that_a_document_is_gone(monkeypatch, status, deleted):
     """Whatever notices first; what fails for another reason is told as it is."""
     documents: list[Any] | None = [{"document": "a.md", "parts": [PART]}]
 

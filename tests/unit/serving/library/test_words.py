@@ -1,10 +1,6 @@
 """Libraries' parts by their words."""
 
-from __future__ import annotations
-
 import asyncio
-
-import pytest
 
 from lola_vllm.serving.library import words as words_module
 from lola_vllm.serving.library.asking import asked_with, with_passages
@@ -35,7 +31,7 @@ def find(
     return [index for index, _ in found]
 
 
-def test_texts_are_read_once_and_again_where_documents_change() -> None:
+def test_texts_are_read_once_and_again_where_documents_change():
     words, read = LibraryWords(), Texts()
     assert find(words, read, parts(0, 1), "What did Netherby lose?") == [1]
     assert find(words, read, parts(0, 1), "When does the pump start?")[0] == 0
@@ -48,7 +44,7 @@ def test_texts_are_read_once_and_again_where_documents_change() -> None:
     assert read.asked == ["0", "1", "2", "0"]
 
 
-def test_what_is_held_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_held_has_a_bound(monkeypatch):
     monkeypatch.setattr(words_module, "MAX_TOKENS", 18)
     words, read = LibraryWords(), Texts()
     assert find(words, read, parts(0, 1, 2), "pump") == [] and not read.asked
@@ -58,7 +54,7 @@ def test_what_is_held_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read.asked == ["0", "1", "2", "0", "1"]
 
 
-def test_passages_stand_before_the_question() -> None:
+def test_passages_stand_before_the_question():
     before = with_passages(
         [{"document": "a.md", "passage": "One."}, {"document": "b.md", "passage": ""},
          {"document": "c.md", "passage": "Three."}]

@@ -14,12 +14,7 @@ from lola_vllm.memory.sessions.prefix_hash import salt_hash
 from lola_vllm.serving import plugin
 from lola_vllm.serving.sessions import owners
 from lola_vllm.serving.sessions.management import lock_session
-from lola_vllm.serving.sessions.owners import (
-    NO_KEY,
-    OwnerMiddleware,
-    Owners,
-    owned,
-)
+from lola_vllm.serving.sessions.owners import NO_KEY, OwnerMiddleware, Owners, owned
 from lola_vllm.serving.sessions.wrappers import reported, wrap_generate
 
 PARAMS = SimpleNamespace(extra_args=None)
@@ -44,16 +39,16 @@ def ask(app_state, authorization, prompt="x"):
     """The prompt as the engine sees it, in a request with this header."""
     client = Client()
     wrap_generate(client)
-    return through(client, app_state, authorization, prompt)
+    return through(client, app_state, authorization, prompt).prompt
 
 
-def through(client, app_state, authorization, prompt):
-    """As `ask`, of a client whose `generate` is wrapped."""
+def through(client, app_state, authorization, prompt, params=PARAMS):
+    """The last output for a request with this header, of a client whose `generate` is wrapped."""
     found = []
 
     async def app(scope, receive, send):
-        async for output in client.generate(prompt, PARAMS, "id"):
-            found.append(output.prompt)
+        async for output in client.generate(prompt, params, "id"):
+            found.append(output)
 
     headers = [] if authorization is None else [(b"authorization", authorization.encode())]
     scope = {"type": "http", "headers": headers, "app": SimpleNamespace(state=app_state)}
@@ -103,24 +98,16 @@ def test_a_request_without_a_key_has_no_states_where_there_are_keys(keys, header
     """vLLM refuses it on most routes, and answers it on /invocations."""
     asked = {"from": "agent-7", "save": "agent-7"}
     params = SimpleNamespace(extra_args={"kv_transfer_params": {"lola": asked}, "more": 1})
-    client = Client()
+    client, prompt = Client(), {"prompt_token_ids": [1]}
     wrap_generate(client, stores=True)
-    found = []
-
-    async def app(scope, receive, send):
-        async for output in client.generate({"prompt_token_ids": [1]}, params, request_id="id"):
-            found.append(output)
-
-    headers = [] if header is None else [(b"authorization", header.encode())]
-    scope = {"type": "http", "headers": headers, "app": SimpleNamespace(state=with_keys(*keys))}
-    asyncio.run(OwnerMiddleware(app)(scope, None, None))
+    output = through(client, with_keys(*keys), header, prompt, params)
     seen = client.params.extra_args
     assert seen == {"kv_transfer_params": {"lola": {"from": False, "save": False}}, "more": 1}
     assert params.extra_args["kv_transfer_params"] == {"lola": asked}
-    told = found[-1].kv_transfer_params["lola"]
+    told = output.kv_transfer_params["lola"]
     assert told["reason"] == told["unsaved"] == NO_KEY and "Authorization" in NO_KEY
-    salts = {ask(with_keys(*keys), h, {"prompt_token_ids": [1]})["cache_salt"]
-             for h in (header, "Bearer a", "Bearer b")}  # fmt: skip
+    headers = (header, "Bearer a", "Bearer b")
+    salts = {ask(with_keys(*keys), one, prompt)["cache_salt"] for one in headers}
     assert len(salts) == 1 + len(keys)
 
 
@@ -139,7 +126,7 @@ def test_keys_have_cached_prefixes_of_their_own_where_nothing_is_stored(monkeypa
     asyncio.run(plugin.LolaEndpoints().init_state(client, state, args))
     salts = set()
     for header in ("Bearer a", "Bearer b", None):
-        salts.add(through(client, state, header, {"prompt_token_ids": [1]})["cache_salt"])
+        salts.add(through(client, state, header, {"prompt_token_ids": [1]}).prompt["cache_salt"])
         assert client.params is PARAMS  # nothing is asked of a store that is not there
     assert len(salts) == 3
 

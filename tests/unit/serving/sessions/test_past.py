@@ -1,7 +1,5 @@
 """Whether a segment of a session's own text comes back, and what is asked of it."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -21,7 +19,7 @@ SESSION = Transcript(7, "answer", list(range(LENGTH)), [901, 902])
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
+def engine(monkeypatch):
     """One that has three segments of the session; `order` is what it was asked to compose, and
     `newest` what may be found besides them."""
     engine = SimpleNamespace(
@@ -64,7 +62,7 @@ def recall(engine: Any, *read: tuple[int, float, float]) -> past.Recalled | None
     return asyncio.run(past.recall(engine, "s", SESSION, "Which?", None))
 
 
-def test_a_segment_stands_next_to_the_question_though_newer_text_is_read_more(engine: Any) -> None:
+def test_a_segment_stands_next_to_the_question_though_newer_text_is_read_more(engine):
     found = recall(engine, (3, 9.0, 1.0), (1, 8.0, OWN), (0, 7.0, 0.1))
     assert engine.order == ["s@7", "part-1"] and engine.newest == {
         "rest": ("now", LENGTH, 10), "newest": 2
@@ -81,9 +79,7 @@ def test_a_segment_stands_next_to_the_question_though_newer_text_is_read_more(en
 @pytest.mark.parametrize(
     "read", [[(1, 8.0, OWN / 2), (2, 7.0, 1.0)], [(3, 8.0, 1.0), (1, 2.0, 1.0)]]
 )
-def test_the_session_is_asked_alone_where_newer_text_has_what_is_asked(
-    engine: Any, read: list[tuple[int, float, float]]
-) -> None:
+def test_the_session_is_asked_alone_where_newer_text_has_what_is_asked(engine, read):
     assert recall(engine, *read) is None and engine.order is None
 
 
@@ -101,18 +97,14 @@ def test_the_session_is_asked_alone_where_newer_text_has_what_is_asked(
         ([(0, 0.0, 1.0), (1, 0.0, 1.0)], None),  # nothing has anything
     ],
 )
-def test_a_segment_comes_back_where_newer_text_has_not_the_same(
-    found: list[tuple[int, float, float]], index: int | None
-) -> None:
+def test_a_segment_comes_back_where_newer_text_has_not_the_same(found, index):
     names = ("document", "score", "own")
     choices = [dict(zip(names, one, strict=True)) for one in found]
     assert past.comes_back(choices, 5) == (None if index is None else choices[index])
 
 
 @pytest.mark.parametrize("answer", ["whole", "stream", "refused", "broken"])
-def test_what_was_composed_for_an_answer_is_deleted_at_its_end(
-    engine: Any, monkeypatch: pytest.MonkeyPatch, answer: str
-) -> None:
+def test_what_was_composed_for_an_answer_is_deleted_at_its_end(engine, monkeypatch, answer):
     deleted: list[str] = []
 
     async def sessions(method: str, reference: str, salt: str | None) -> None:

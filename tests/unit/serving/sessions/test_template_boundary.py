@@ -1,7 +1,5 @@
 """Where new messages meet what a session has seen, with a template of ChatML."""
 
-from __future__ import annotations
-
 import asyncio
 from types import SimpleNamespace
 
@@ -49,14 +47,13 @@ def goes_on(monkeypatch):
     return text
 
 
-def test_an_answer_is_ended_before_new_messages(goes_on):
-    said = f"{SAID}{OPENING}Yes."
-    assert goes_on("answer", said) == f"{said}<|im_end|>\n{NEW}"
-
-
-def test_messages_that_were_only_read_are_followed_by_new_ones(goes_on):
-    assert goes_on("prompt", SAID) == SAID + NEW
-
-
-def test_no_empty_answer_stays_of_one_that_was_broken_off(goes_on):
-    assert goes_on("prompt", SAID + OPENING) == SAID + NEW
+@pytest.mark.parametrize(
+    ("kind", "said", "whole"),
+    [
+        ("answer", f"{SAID}{OPENING}Yes.", f"{SAID}{OPENING}Yes.<|im_end|>\n{NEW}"),
+        ("prompt", SAID, SAID + NEW),
+        ("prompt", SAID + OPENING, SAID + NEW),  # no empty answer stays of one that was broken off
+    ],
+)
+def test_new_messages_follow(goes_on, kind, said, whole):
+    assert goes_on(kind, said) == whole
