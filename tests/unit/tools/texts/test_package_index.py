@@ -40,6 +40,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(401)
         elif self.path in index.pages:
             self.send_response(200)
+            self.send_header("Content-Type", "text/html")
             self.end_headers()
             self.wfile.write(index.pages[self.path])
         else:
