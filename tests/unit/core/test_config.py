@@ -13,6 +13,7 @@ from lola_vllm.core.config import (
     config_class,
     default_context_shift,
 )
+from lola_vllm.core.ranks import check_ranks
 
 
 def test_the_interval_follows_the_window_unless_it_is_given():
@@ -174,7 +175,7 @@ def test_state_heads_lie_between_kv_and_query_heads(heads, ok):
 def test_ranks_do_not_part_the_heads_that_share_a_sparse_set(ranks, state_heads, sharing, ok):
     config = LolaConfig(sparse_sharing=sharing)
     if ok:
-        config.check_ranks(ranks, 8, state_heads)
+        check_ranks(config, ranks, 8, state_heads)
     else:
         with pytest.raises(LolaConfigError, match=rf"'kv_head'.*{ranks} tensor-parallel.*'none'"):
-            config.check_ranks(ranks, 8, state_heads)
+            check_ranks(config, ranks, 8, state_heads)
