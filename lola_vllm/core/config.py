@@ -31,12 +31,7 @@ from lola_vllm.core.sizes import Sizes, of_layer, read_sizes
 ENDLESS_LENGTH = 131_072  # tokens; 160 MiB of token ids for vLLM's 256 sequences
 
 _FACTS, _LOLA = "_lola_facts", "_lola"  # names of attributes that are no part of a file
-_DERIVED = (
-    "model_type",
-    "base_model_type",
-    "qkv_bias",
-    "qk_norm",
-)  # of a file; the class says them
+_DERIVED = ("model_type", "base_model_type", "qkv_bias", "qk_norm")  # told by the class
 SEVERAL_TABLES = ("dynamic", "longrope")  # types of RoPE with a table by the length of a context
 
 
