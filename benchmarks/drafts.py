@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, print_result, print_table, run_worker, write_report
+from common import ROOT, best_of, parser_of, print_result, print_table, write_report
 
 WAYS = ("plain", "ngram", "wrong")
 SOURCES = ("lola_vllm/core/ops/rollback.py", "lola_vllm/core/ops/rope_table.py")
@@ -26,7 +26,7 @@ CHATS = ("What is gravity?", "Tell me about the history of bread.")
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__, WAYS)
     parser.add_argument("--model", type=Path, default=ROOT / "models/qwen-lola")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--drafts", type=int, default=4, help="tokens of a draft, at most")
@@ -35,8 +35,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--compile", action="store_true", help="torch.compile instead of eager")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -123,11 +121,7 @@ def main() -> None:
     if args.worker:
         print_result(worker(args))
         return
-    best: dict[str, dict[str, float]] = {way: {} for way in WAYS}
-    for _ in range(args.rounds):
-        for way in WAYS:
-            for key, value in run_worker(way).items():
-                best[way][key] = min(value, best[way].get(key, value))
+    best = best_of(args.rounds, WAYS)
     print_table(best)
     write_report(args, best)
 

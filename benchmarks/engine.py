@@ -19,20 +19,29 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import llamacpp
-from common import ENGINES, MIB, ROOT, print_result, print_table, run_worker, write_report
+from common import (
+    ENGINES,
+    MIB,
+    ROOT,
+    best_of,
+    parser_of,
+    print_result,
+    print_table,
+    tokens,
+    write_report,
+)
 
 LLAMA = "llama.cpp"
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__, (*ENGINES, LLAMA))
     parser.add_argument("--lola", type=Path, default=ROOT / "models/smollm2-lola")
     parser.add_argument("--stock", type=Path, default=ROOT / "models/smollm2-base")
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048])
@@ -41,8 +50,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--compile", action="store_true", help="torch.compile instead of eager")
-    parser.add_argument("--lola-config", type=json.loads, default={}, help="overrides, as JSON")
-    parser.add_argument("--out", type=Path)
     parser.add_argument(
         "--engines", nargs="+", choices=(*ENGINES, LLAMA), default=list(ENGINES), help="which"
     )
@@ -50,14 +57,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--llama-format", choices=llamacpp.FORMATS, default="Q4_1", help="of llama.cpp's weights"
     )
-    parser.add_argument(
-        "--cpu-time",
-        action="store_true",
-        help="the processors' time, not the clock's: for a busy machine, with one thread",
-    )
-    parser.add_argument("--isa", choices=("avx2",), help="leave out what a CPU has beyond this")
-    parser.add_argument("--worker", choices=(*ENGINES, LLAMA), help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 def worker(args: argparse.Namespace) -> dict[str, Any]:
@@ -65,9 +65,6 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
     if args.worker == LLAMA:
         return llamacpp.measure(args)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    clock = time.process_time if args.cpu_time else time.perf_counter
-    if args.isa:
-        leave_out_avx512()
     begin = time.perf_counter()
     from vllm import LLM, SamplingParams, TokensPrompt
 
@@ -75,9 +72,10 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
 
     longest = max(args.contexts) + args.steps + max(args.batches) + 16
     lola = args.worker == "lola"
-    overrides: dict[str, Any] = {"lola_config": args.lola_config} if lola else {}
+    config = json.loads((args.stock / "config.json").read_text())
     endless = lola and DecoderConfig.from_pretrained(args.lola).lola.context_shift
-    if longest > stock_config(args)["max_position_embeddings"] and not endless:
+    overrides = {}
+    if longest > config["max_position_embeddings"] and not endless:
         overrides["max_position_embeddings"] = longest  # speed is asked, not sense
     llm = LLM(
         str(checkpoint(args.lola if lola else args.stock, args.weights)),
@@ -86,7 +84,7 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
         max_model_len=longest,
         max_num_seqs=max(args.batches),
         enable_prefix_caching=False,
-        kv_cache_memory_bytes=max(2 * 2**30, pool_bytes(args, longest)),
+        kv_cache_memory_bytes=max(2 * 2**30, pool_bytes(config, longest, max(args.batches))),
         hf_overrides=overrides,
     )
     result: dict[str, Any] = {"start_s": time.perf_counter() - begin}
@@ -101,11 +99,11 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
 
     engine, counter = llm.llm_engine, iter(range(10**9))
 
-    def submit(length: int, tokens: int) -> None:
-        start = next(counter)
-        ids = [(start * 31 + 7 * i) % 40000 + 100 for i in range(length)]
-        params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
-        engine.add_request(str(start), TokensPrompt(prompt_token_ids=ids), params)
+    def submit(length: int, new: int) -> None:
+        number = next(counter)
+        params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
+        prompt = TokensPrompt(prompt_token_ids=tokens(number, length))
+        engine.add_request(str(number), prompt, params)
 
     def drain() -> None:
         while engine.has_unfinished_requests():
@@ -115,9 +113,9 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
     drain()
     for context in args.contexts:
         submit(context, 1)
-        begin = clock()
+        begin = time.perf_counter()
         drain()
-        result[f"prefill_tokens_per_s/{context}"] = context / (clock() - begin)
+        result[f"prefill_tokens_per_s/{context}"] = context / (time.perf_counter() - begin)
         for batch in args.batches:
             for _ in range(batch):
                 submit(context, args.steps + batch + 8)
@@ -126,13 +124,10 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
                 ready |= {o.request_id for o in engine.step()}
             times = []
             for _ in range(args.steps):
-                begin = clock()
+                begin = time.perf_counter()
                 engine.step()
-                times.append(clock() - begin)
-            step = statistics.median(times)
-            result[f"decode_tokens_per_s/{context}/{batch}"] = batch / step
-            result[f"decode_best_ms/{context}/{batch}"] = min(times) * 1e3
-            result[f"decode_mean_ms/{context}/{batch}"] = statistics.fmean(times) * 1e3
+                times.append(time.perf_counter() - begin)
+            result[f"decode_tokens_per_s/{context}/{batch}"] = batch / statistics.median(times)
             engine.abort_request([str(i) for i in ready])
             drain()
     return result
@@ -152,29 +147,11 @@ def checkpoint(model: Path, weights: str | None) -> Path:
     return quantized
 
 
-def leave_out_avx512() -> None:
-    """Have vLLM, oneDNN, torch and LoLA's ops do as on a CPU that ends at AVX2."""
-    os.environ |= {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-    os.environ["LOLA_VLLM_CPU_ISA"] = "avx2"
-    import torch
-
-    # vLLM chooses its kernels by these, and has no setting for it.
-    for name in ("_is_avx512_supported", "_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        setattr(torch.cpu, name, lambda: False)
-
-
-def stock_config(args: argparse.Namespace) -> dict[str, Any]:
-    """`config.json` of the stock model."""
-    found: dict[str, Any] = json.loads((args.stock / "config.json").read_text())
-    return found
-
-
-def pool_bytes(args: argparse.Namespace, longest: int) -> int:
+def pool_bytes(config: dict[str, Any], longest: int, sequences: int) -> int:
     """Room for the largest batch in a full KV cache of the stock model, with a margin."""
-    config = stock_config(args)
     d = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     per_token = 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * d
-    return int(1.2 * per_token * (longest + 128) * max(args.batches))
+    return int(1.2 * per_token * (longest + 128) * sequences)
 
 
 def main() -> None:
@@ -183,15 +160,7 @@ def main() -> None:
     if args.worker:
         print_result(worker(args))
         return
-    if LLAMA in args.engines and args.isa:
-        sys.exit(f"--isa: {LLAMA} is built for this machine; leave it out of --engines")
-    best: dict[str, dict[str, float]] = {name: {} for name in args.engines}
-    for _ in range(args.rounds):
-        for name in args.engines:
-            for key, value in run_worker(name).items():
-                lower = key.startswith(("start", "decode_mean", "decode_best", "mib"))
-                pick = min if lower else max
-                best[name][key] = pick(value, best[name].get(key, value))
+    best = best_of(args.rounds, args.engines)
     print_table(best)
     write_report(args, best)
 

@@ -16,24 +16,7 @@ MANY = 288
 MORE_WORDS = [
     *("basalt", "clover", "dune", "falcon", "garnet", "harbor", "indigo", "juniper", "meadow"),
 ]
-# (what is hidden, question). Those of development chose how documents are found; no seed that
-# reports asks them.
-DEVELOPMENT_NEEDLES = (
-    (
-        " One of the special magic numbers for {key} is: {number}.",
-        "\nWhat is the special magic number for {key} mentioned in the provided text? The special "
-        "magic number for {key} mentioned in the provided text is",
-    ),
-    (
-        " The password of the {key} vault is {number}.",
-        "\nI am to open the {key} vault and I have forgotten its password. It is",
-    ),
-    (
-        " Invoice {number} went to the {key} company.",
-        "\nQuestion: Which invoice did the {key} company get?\nAnswer: The invoice that the {key} "
-        "company got has the number",
-    ),
-)
+# (what is hidden, question)
 NEEDLE = (
     " The telephone number of the {key} office is {number}.",
     "\nQuestion: Which number do I dial to reach the {key} office?\nAnswer: The telephone "
@@ -77,32 +60,6 @@ FACTS = (
     ("Judge {name} wears a green scarf to every trial.",
      "What colour is the scarf that Judge {name} wears in court?", "green"),
 )  # fmt: skip
-DEVELOPMENT_FACTS = (
-    ("Widow {name} sold her piano to pay for a new roof.",
-     "What did Widow {name} sell?", "piano"),
-    ("The {name} brothers built their mill beside the waterfall.",
-     "Near what did the {name} brothers put up a mill?", "waterfall"),
-    ("Colonel {name} eats nothing but porridge on Sundays.",
-     "What is Colonel {name}'s only food on a Sunday?", "porridge"),
-    ("The letter to {name} was hidden inside a hollow candle.",
-     "In what was the letter for {name} concealed?", "candle"),
-    ("Miss {name} teaches Greek to the children of fishermen.",
-     "What language do pupils learn from Miss {name}?", "greek"),
-    ("The ship of {name} sank with a cargo of pepper.",
-     "What was on board when {name}'s ship went down?", "pepper"),
-    ("Old {name} sleeps in the barn because of his snoring.",
-     "For what reason does Old {name} spend his nights in the barn?", "snor"),
-    ("Cousin {name} won a white horse at cards.",
-     "What did Cousin {name} gain by gambling?", "horse"),
-    ("The {name} bakery closes in February.",
-     "In which month is the {name} bakery shut?", "february"),
-    ("Sister {name} mends clocks better than anyone in the valley.",
-     "What does Sister {name} know how to repair?", "clock"),
-    ("Lord {name} had his portrait painted in Vienna.",
-     "Where did an artist paint Lord {name}?", "vienna"),
-    ("The {name} garden is famous for its yellow tulips.",
-     "Which flowers have made the {name} garden well known?", "tulip"),
-)  # fmt: skip
 
 
 class Question(NamedTuple):
@@ -127,11 +84,6 @@ class Corpus(NamedTuple):
     questions: list[Question]
 
 
-def development(seed: int) -> bool:
-    """Whether a seed is one of those that chose how documents are found."""
-    return seed == 0 or seed >= 10
-
-
 def make(
     text: str, encode: Callable[[str], list[int]], *, documents: int, tokens: int, seed: int
 ) -> Corpus:
@@ -145,15 +97,12 @@ def make(
         ValueError: more documents than there are names, or a text that is too short.
     """
     chance = random.Random(seed)
-    needle, facts = NEEDLE, FACTS
-    if development(seed):
-        needle, facts = DEVELOPMENT_NEEDLES[seed % 3], DEVELOPMENT_FACTS
     words, names = WORDS, NAMES
     if documents > MANY:
         words, names = WORDS + MORE_WORDS, NAMES + MORE_NAMES
     subjects = [f"{a}-{b}" for a in words for b in words]
     chance.shuffle(subjects)
-    told = [(fact, name) for fact in facts for name in names]
+    told = [(fact, name) for fact in FACTS for name in names]
     chance.shuffle(told)
     if documents > (most := min(len(subjects), len(told))):
         raise ValueError(f"documents = {documents}: there are names for {most} at most")
@@ -162,7 +111,7 @@ def make(
     passages, questions = [], []
     for number, key, (fact, name) in zip(range(documents), subjects, told, strict=False):
         digits = str(chance.randrange(10**6, 10**7))
-        hidden, question = (x.format(key=key, number=digits) for x in needle)
+        hidden, question = (x.format(key=key, number=digits) for x in NEEDLE)
         questions.append(Question(number, "needles", question, digits))
         hidden_fact, question, answer = (x.format(name=name) for x in fact)
         question = f"\nQuestion: {question}\nAnswer:"

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import ROOT, write_report
+from common import ROOT, parser_of, print_values, write_report
 from library import Reader, Shelf
 from library_corpus import Corpus
 from question import queries_of
@@ -53,16 +53,15 @@ class Part(NamedTuple):
     tokens: list[int]
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--model", type=Path, default=ROOT / "models/qwen-lola")
     parser.add_argument("--base", type=Path, help="a stock model, to read what BM25 finds")
     parser.add_argument("--dir", type=Path, required=True, help="for pages, states and keys")
     parser.add_argument("--use", choices=("choose", "report"), default="report")
     parser.add_argument("--ask", nargs="*", default=list(ASKED_OF[:3]), choices=ASKED_OF)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     if "base" in args.ask and args.base is None:
         parser.error("--ask base: give the model as --base DIR")
     return args
@@ -139,17 +138,6 @@ def prompt(reader: Reader, question: str, before: str, after: bool) -> list[int]
     return reader.encode("\n" + text[text.index("<|im_start|>user") :] if after else text)
 
 
-def answer(reader: Reader, cache: Any, ids: list[int]) -> str:
-    """A greedy answer, to its end."""
-    cache, token = reader.read(ids, cache)
-    tokens: list[int] = []
-    while token != reader.tokenizer.eos_token_id and len(tokens) < ANSWER_TOKENS:
-        tokens.append(token)
-        cache, token = reader.read([token], cache)
-    text: str = reader.tokenizer.decode(tokens)
-    return text
-
-
 def row_of(
     args: argparse.Namespace, asker: Asker, base: Reader | None, one: dict[str, Any]
 ) -> dict[str, Any]:
@@ -169,20 +157,20 @@ def row_of(
     for of in args.ask:
         if base is not None and of == "base":
             best = asker.parts[(orders["words"] or [0])[0]]
-            said_by[of] = answer(base, None, prompt(base, question, best.text, False))
+            said_by[of] = base.answer(None, prompt(base, question, best.text, False), ANSWER_TOKENS)
             continue
         states = [asker.shelf.state(i) for i in reversed(order[: 3 if "three" in of else 1])]
         model = asker.reader.model
         cache = states[0] if len(states) == 1 else LolaCache.compose(states, model)
         ids = prompt(asker.reader, question, before if "passages" in of else "", True)
-        said_by[of] = answer(asker.reader, cache, ids)
+        said_by[of] = asker.reader.answer(cache, ids, ANSWER_TOKENS)
     row |= {f"answer, {of}": right(text, one["answers"]) for of, text in said_by.items()}
     return row | {"question": question, "shown": passages[0].sentence, "said": said_by}
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     """Measure and print."""
-    args = parse(argv)
+    args = parse()
     torch.set_num_threads(1)
     reader = Reader(args.model)
     base = Reader(args.base) if args.base else None
@@ -192,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
         for title, whole in fetch(args.dir / "pages", asked["packages"], asked["documents"]).items()
         for text in split_text(whole, PART_TOKENS, lambda text: len(reader.encode(text)))
     ]
-    shelf = Shelf(reader, Corpus([part.tokens for part in parts], []), args.dir, False)
+    shelf = Shelf(reader, Corpus([part.tokens for part in parts], []), args.dir, len(parts))
     shelf.fill()
     asker = Asker(reader, parts, shelf)
     results: dict[str, float] = {"parts": len(parts), "documents": len(asked["documents"])}
@@ -205,8 +193,7 @@ def main(argv: list[str] | None = None) -> None:
         for name, value in row.items():
             if isinstance(value, bool):
                 results[name] = results.get(name, 0) + value
-    for name, value in results.items():
-        print(f"{name:40} {value:6.0f}")
+    print_values(results)
     write_report(args, results)
 
 

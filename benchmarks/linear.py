@@ -17,23 +17,21 @@ from pathlib import Path
 
 import torch
 import vllm._custom_ops as vllm_ops
-from common import ROOT, write_report
+from common import ROOT, parser_of, write_report
 
 from lola_vllm.core.ops.linear import panels_of
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--model", type=Path, default=ROOT / "models/smollm2-lola")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 8, 32])
-    parser.add_argument("--layers", type=int, help="of the model's; default: all")
     parser.add_argument("--runs", type=int, default=9)
-    parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
 
-def shapes(model: Path, layers: int | None) -> list[tuple[int, int]]:
+def shapes(model: Path) -> list[tuple[int, int]]:
     """`[N, K]` of a Llama's linears as vLLM joins them, and of its head."""
     config = json.loads((model / "config.json").read_text())
     hidden, inner = config["hidden_size"], config["intermediate_size"]
@@ -41,7 +39,7 @@ def shapes(model: Path, layers: int | None) -> list[tuple[int, int]]:
     d = config.get("head_dim") or hidden // heads
     layer = [((heads + 2 * kv_heads) * d, hidden), (hidden, heads * d), (2 * inner, hidden),
              (hidden, inner)]  # fmt: skip
-    return layer * (layers or config["num_hidden_layers"]) + [(config["vocab_size"], hidden)]
+    return layer * config["num_hidden_layers"] + [(config["vocab_size"], hidden)]
 
 
 def best(run: Callable[[], object], runs: int) -> float:
@@ -65,7 +63,7 @@ def main() -> None:
     args = parse()
     ways: dict[str, list[tuple[int, Callable[..., object]]]] = {"vLLM, float32": [], "bfloat16": []}
     numbers = 0
-    for n, k in shapes(args.model, args.layers):
+    for n, k in shapes(args.model):
         weight = (torch.randn(n, k) * 0.02).bfloat16().float()
         handler = vllm_ops.create_onednn_mm(weight.t(), 32)
         plain = functools.partial(vllm_ops.onednn_mm, handler, bias=None)

@@ -3,11 +3,10 @@
     python benchmarks/ops.py --out eval-results/ops.json
     python benchmarks/ops.py --prefill cpp torch --batches 1 8 --lams 512 --intervals 64
 
-Each case cycles through more pages than the caches hold, as a model's layers do. The ceilings are
-a multi-threaded read and a copy (bytes read and written) of a large buffer and, on a CPU, reads of
-as many bytes as a step's, which wake the threads as often. All that a row compares is measured in
-short turns, as other work on the machine moves it. Shapes default to SmolLM2-135M's (Hq 9, Hkv 3,
-d 64), pages in bfloat16.
+Each case cycles through more pages than the caches hold, as a model's layers do. The ceiling is a
+multi-threaded read of a large buffer. All that a row compares is measured in short turns, as other
+work on the machine moves it. Shapes default to SmolLM2-135M's (Hq 9, Hkv 3, d 64), pages in
+bfloat16.
 
 A step must read the live window, sinks and sparse pairs, H and s: `mib_read`. `frozen` is the same
 step on pages that never reach an update point; the ratio to it is what rescoring costs. Pages are
@@ -28,10 +27,9 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
-from common import write_report
+from common import parser_of, write_report
 
 from lola_vllm.core.config import LolaConfig
 from lola_vllm.core.ops import (
@@ -48,22 +46,17 @@ from lola_vllm.core.state import LayerLayout, StateLayout
 TURNS = 5  # of all that a row compares
 POOL_BYTES = 192 * 2**20  # beyond the last-level cache of anything this is likely to run on
 GRAPH_TURNS = 16  # tokens per sequence of one CUDA graph
+WINDOW, FEATURES, DTYPE = 64, 64, torch.bfloat16
 
 
 def make_layer(
     args: argparse.Namespace, lam: int, interval: int, gen: torch.Generator
 ) -> tuple[StateLayout, LolaWeights]:
     """A layer's page layout, and random weights on `args.device`."""
-    config = LolaConfig(
-        window_size=args.window,
-        sparse_cache_size=lam,
-        update_interval=interval,
-    )
+    config = LolaConfig(window_size=WINDOW, sparse_cache_size=lam, update_interval=interval)
     Hq, Hs, d = args.heads, args.state_heads, args.head_dim
-    layout = StateLayout.from_config(
-        config, args.kv_heads, Hs, d, args.feature_dim, getattr(torch, args.dtype)
-    )
-    maps = [torch.randn(h, d, args.feature_dim, generator=gen) * 0.3 for h in (Hq, Hs)]
+    layout = StateLayout.from_config(config, args.kv_heads, Hs, d, FEATURES, DTYPE)
+    maps = [torch.randn(h, d, FEATURES, generator=gen) * 0.3 for h in (Hq, Hs)]
     weights = LolaWeights.prepare(
         *(m.to(args.device) for m in maps),
         torch.full((Hq,), -2.2, device=args.device),
@@ -182,18 +175,12 @@ def measure(args: argparse.Namespace, batch: int, lam: int, interval: int) -> di
     # Half-way through an interval: the average window, and no update.
     quiet = case.start + interval // 2
     bytes_read = case.bytes_read(quiet)
-    floats = bytes_read // torch.float32.itemsize
-    large = torch.ones(max(64 * 2**20, floats), device=args.device)
-    other = torch.empty_like(large)
+    large = torch.ones(64 * 2**20, device=args.device)
     runs: dict[str, Callable[[], object]] = {
         "frozen": lambda: case.step(quiet),
         "update": lambda: case.step(case.start + interval),
         "read": large.sum,
-        "copy": lambda: other.copy_(large),
     }
-    if args.device == "cpu":
-        pieces = itertools.cycle(large.split(floats)[: large.numel() // floats])
-        runs["short read"] = lambda: next(pieces).sum()
     steps = dict.fromkeys(runs, 1)
     if args.device == "cuda":
         for name in ("frozen", "update"):
@@ -203,8 +190,8 @@ def measure(args: argparse.Namespace, batch: int, lam: int, interval: int) -> di
     frozen_s, update_s = found["frozen"], found["update"]
     step_s = frozen_s + (update_s - frozen_s) / interval
     speed = bytes_read / frozen_s
-    read, copy = large.nbytes / found["read"], 2 * large.nbytes / found["copy"]
-    row = {
+    read = large.nbytes / found["read"]
+    return {
         "batch": batch,
         "lam": lam,
         "interval": interval,
@@ -215,13 +202,7 @@ def measure(args: argparse.Namespace, batch: int, lam: int, interval: int) -> di
         "step_over_frozen": step_s / frozen_s,
         "gb_per_s": speed / 1e9,
         "of_read": speed / read,
-        "of_copy": speed / copy,
-        "read_gb_per_s": read / 1e9,
-        "copy_gb_per_s": copy / 1e9,
     }
-    if "short read" in found:
-        row["of_short_read"] = found["short read"] / frozen_s
-    return row
 
 
 def forced(name: str, device: str, dtype: torch.dtype) -> Backend:
@@ -275,8 +256,7 @@ def measure_prefill(
 ) -> dict[str, float]:
     """Tokens per second of each back end, the median of its turns, and its part of the first's."""
     call = prompts(args, rows, lam, interval, tokens, context)
-    dtype = getattr(torch, args.dtype)
-    backends = {name: forced(name, args.device, dtype) for name in args.prefill}
+    backends = {name: forced(name, args.device, DTYPE) for name in args.prefill}
     runs = {name: functools.partial(call, backend) for name, backend in backends.items()}
     found = medians_s(runs, args.seconds, args.device)
     speed = {name: rows * tokens / took for name, took in found.items()}
@@ -294,7 +274,7 @@ def measure_prefill(
 
 def main() -> None:
     """Print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--lams", type=int, nargs="+", default=[0, 128, 512, 768])
     parser.add_argument("--intervals", type=int, nargs="+", default=[16, 64])
@@ -302,16 +282,12 @@ def main() -> None:
     parser.add_argument("--prefill", nargs="+", metavar="BACKEND", help="prefill, of these")
     parser.add_argument("--prompts", type=int, nargs="+", default=[2048, 8192], metavar="TOKENS")
     parser.add_argument("--after", type=int, nargs="+", default=[0, 4096], metavar="TOKENS")
-    parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--heads", type=int, default=9)
     parser.add_argument("--kv-heads", type=int, default=3)
     parser.add_argument("--state-heads", type=int, default=3)
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--feature-dim", type=int, default=64)
-    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seconds", type=float, default=0.3, help="per measurement")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     sizes: list[Iterable[int]] = [args.batches, args.lams, args.intervals]
     row_of: Callable[..., dict[str, float]] = measure

@@ -15,7 +15,7 @@ import random
 import uuid
 from pathlib import Path
 
-from common import ROOT, write_report
+from common import ROOT, parser_of, print_values, write_report
 from library_corpus import NEEDLE, WORDS
 
 from lola_vllm.command.client.server import SESSIONS, Server
@@ -24,17 +24,16 @@ SEGMENT = 2000  # tokens; as servers cut
 PART = 40_000  # characters of one request
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--model", type=Path, default=ROOT / "models/smollm2-lola")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of a server of the model")
     parser.add_argument("--text", default="postgres_docs", help="a file of models/texts")
     parser.add_argument("--questions", type=int, default=6)
     parser.add_argument("--back", type=int, default=16_000, help="tokens")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path)
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 def told(text: str, questions: int, back: int, seed: int) -> tuple[str, dict[str, str]]:
@@ -70,9 +69,9 @@ def asked(client: Server, session: str, numbers: dict[str, str], recall: bool) -
     return {"right": right, "came back": back}
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     """Measure and print."""
-    args = parse(argv)
+    args = parse()
     text = (ROOT / f"models/texts/{args.text}.txt").read_text()
     text, numbers = told(text, args.questions, args.back, args.seed)
     client, session = Server(args.url), f"{SESSIONS}/past-{uuid.uuid4().hex}"
@@ -85,8 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     client.json("DELETE", session)
     result |= {"questions": float(len(numbers)), "tokens": float(read["tokens"])}
-    for name, value in result.items():
-        print(f"{name:40} {value:7.0f}")
+    print_values(result)
     write_report(args, result)
 
 

@@ -6,9 +6,6 @@ Each server is a command line, run in an environment without variables of OpenMP
 workers. vLLM's own client, `vllm bench serve`, asks each of them for every context and batch. The
 order of servers is repeated `--rounds` times and the best round of a cell is kept, since a shared
 machine only ever makes a server slower. Read the ratios.
-
-A start is timed to its first answer, twice: with an empty cache of compiled code, and with the one
-that the first start left.
 """
 
 from __future__ import annotations
@@ -20,13 +17,12 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-from common import ROOT, print_table, serving, write_report
+from common import ROOT, Results, keep_best, parser_of, print_table, serving, write_report
 
 from lola_vllm.core import cpu
 
@@ -52,14 +48,13 @@ def commands(args: argparse.Namespace) -> dict[str, str]:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--lola", type=Path, default=ROOT / "models/smollm2-lola")
     parser.add_argument("--stock", type=Path, default=ROOT / "models/smollm2-base")
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 2000, 8000])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--tokens", type=int, default=96, help="of each answer")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--starts", action="store_true", help="time the first and second start")
     parser.add_argument(
         "--server",
         action="append",
@@ -68,30 +63,22 @@ def parse() -> argparse.Namespace:
         help="one more; {stock} and {lola} in it are the commands of these",
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the servers, in this order")
-    parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
 
 @contextmanager
-def served(command: str, cache: Path | None = None) -> Iterator[tuple[str, str, float]]:
-    """The server of a command line: its address, its model, and seconds to its first answer.
-
-    Args:
-        command: as in a shell. cache: of vLLM's compiled code.
-    """
+def served(command: str) -> Iterator[tuple[str, str]]:
+    """The server of a command line, which has answered once: its address and its model."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(NOT_A_USERS)}
     words = shlex.split(command)
     while "=" in words[0]:
         name, _, value = words.pop(0).partition("=")
         env[name] = value
-    if cache:
-        env["VLLM_CACHE_ROOT"] = str(cache)
-    began = time.monotonic()
-    with serving([str(BIN / words[0]), *words[1:]], env) as (url, _, _):
+    with serving([str(BIN / words[0]), *words[1:]], env) as (url, _):
         model = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
         body = {"model": model, "prompt": "The capital", "max_tokens": 1}
         httpx.post(f"{url}/v1/completions", json=body, timeout=600).raise_for_status()
-        yield url, model, time.monotonic() - began
+        yield url, model
 
 
 def ask(
@@ -122,22 +109,14 @@ def main() -> None:
     """Ask all servers, print the table, write the JSON."""
     args = parse()
     servers = commands(args)
-    best: dict[str, dict[str, float]] = {name: {} for name in servers}
-    with tempfile.TemporaryDirectory() as directory:
-        for name, command in servers.items() if args.starts else ():
-            for start in ("first", "second"):
-                with served(command, Path(directory) / name) as (_, _, seconds):
-                    best[name][f"start_s/{start}"] = seconds
-        for seed in range(args.rounds):
-            for name, command in servers.items():
-                with served(command) as (url, model, _):
-                    for context in args.contexts:
-                        for batch in args.batches:
-                            found = ask(url, model, args, context, batch, seed)
-                            for key, value in found.items():
-                                pick = max if key.startswith("decode") else min
-                                best[name][key] = pick(value, best[name].get(key, value))
-                print_table(best)
+    best: Results = {name: {} for name in servers}
+    for seed in range(args.rounds):
+        for name, command in servers.items():
+            with served(command) as (url, model):
+                for context in args.contexts:
+                    for batch in args.batches:
+                        keep_best(best[name], ask(url, model, args, context, batch, seed))
+            print_table(best)
     write_report(args, best)
 
 

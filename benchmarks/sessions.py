@@ -7,7 +7,6 @@ token, on engines that have the conversation in another way each:
 
     same process     the state is in the store's memory
     new process      the state is in a file, which another process wrote
-    prefix caching   no store; vLLM keeps a state every 1,024 tokens or so
     stock            the base model with a full KV cache and prefix caching
     llama.cpp        the base model in llama.cpp, whose cache has the conversation (with `--llama`)
     llama.cpp, new process    it loads the conversation from a file, as its server's slots do
@@ -15,9 +14,8 @@ token, on engines that have the conversation in another way each:
 
 Each is timed in turns with the turn's tokens alone on the same engine, which is the least that it
 can take, and once with everything computed from nothing, which is what an engine without the state
-does after a restart. `chat` counts the tokens that `--turns` turns of `--turn` tokens compute.
-Decoding is timed for `--batch` sequences, with the store on (each ends with two states that are
-copied and written) and off, in turns.
+does after a restart. Decoding is timed for `--batch` sequences, with the store on (each ends with
+two states that are copied and written) and off, in turns.
 """
 
 from __future__ import annotations
@@ -33,28 +31,35 @@ from pathlib import Path
 from typing import Any
 
 import llamacpp
-from common import ROOT, print_result, run_worker, tokens, write_report
+from common import (
+    ROOT,
+    Results,
+    parser_of,
+    print_result,
+    print_values,
+    run_worker,
+    tokens,
+    write_report,
+)
 
 FILES = ("file", "encrypted file")
-WORKERS = ("same process", "new process", "prefix caching", "stock", "chat", *FILES)
+WORKERS = ("same process", "new process", "stock", *FILES)
 LLAMA = ("llama.cpp", "llama.cpp, new process")
 DECODING = ("store on", "store off")
-STORED = ("same process", "new process", "chat", "store on", *FILES)  # those that have a store
+STORED = ("same process", "new process", "store on", *FILES)  # those that have a store
 NEW = 16  # tokens of an answer
 
 # (prompts, new tokens, what kv_transfer_params say) -> seconds, the requests' outputs
 Ask = Callable[..., tuple[float, Any]]
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__, WORKERS + LLAMA + DECODING)
     parser.add_argument("--model", type=Path, default=ROOT / "models/smollm2-lola")
     parser.add_argument("--stock", type=Path, default=ROOT / "models/smollm2-base")
-    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--before", type=int, default=6000, help="tokens")
     parser.add_argument("--turn", type=int, default=300, help="tokens")
-    parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--new", type=int, default=128, help="tokens to decode")
     parser.add_argument("--runs", type=int, default=5)
@@ -62,10 +67,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--llama", action="store_true", help="llama.cpp too: pip install '.[bench]'"
     )
-    parser.add_argument("--llama-format", choices=llamacpp.FORMATS, default="BF16")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--worker", choices=WORKERS + LLAMA + DECODING, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 def worker(args: argparse.Namespace) -> dict[str, float]:
@@ -84,12 +86,12 @@ def worker(args: argparse.Namespace) -> dict[str, float]:
         store["state_key_file"] = str(key)
     llm = LLM(
         str(args.stock if args.worker == "stock" else args.model),
-        dtype=args.dtype,
+        dtype="bfloat16",
         enforce_eager=True,
-        max_model_len=max(args.before + args.turn, args.turns * (args.turn + NEW)) + args.new + 64,
+        max_model_len=args.before + args.turn + args.new + 64,
         max_num_seqs=args.batch,
         kv_cache_memory_bytes=2**30,
-        enable_prefix_caching=args.worker in ("prefix caching", "stock"),
+        enable_prefix_caching=args.worker == "stock",
         additional_config={"lola": store} if has_store else {},
     )
 
@@ -102,8 +104,7 @@ def worker(args: argparse.Namespace) -> dict[str, float]:
         return time.perf_counter() - begin, outputs
 
     ask([tokens(1, 500)], save=False)  # first-use costs are not what is measured
-    measure = decoding if args.worker in DECODING else chat if args.worker == "chat" else turns
-    result = measure(args, ask)
+    result = (decoding if args.worker in DECODING else turns)(args, ask)
     llm.llm_engine.engine_core.shutdown()
     return result
 
@@ -129,7 +130,6 @@ def turns(args: argparse.Namespace, ask: Ask) -> dict[str, float]:
     for run in range(args.runs):
         turn = tokens(10 + run, args.turn)
         seconds, (output,) = ask([text + turn], save=False)
-        result["tokens not computed"] = output.num_cached_tokens
         if args.worker in STORED:
             assert output.num_cached_tokens == args.before, output.kv_transfer_params
         times["turn"].append(1e3 * seconds)
@@ -140,7 +140,7 @@ def turns(args: argparse.Namespace, ask: Ask) -> dict[str, float]:
 
 def llama(args: argparse.Namespace) -> dict[str, float]:
     """As `turns`, in llama.cpp."""
-    engine = llamacpp.LlamaCpp(args.llama_format, args.before + args.turn + NEW)
+    engine = llamacpp.LlamaCpp("BF16", args.before + args.turn + NEW)
     text, file = tokens(2, args.before), Path(os.environ["LOLA_BENCH_STATES"]) / "llama.bin"
     restarted = args.worker != LLAMA[0]
 
@@ -158,7 +158,6 @@ def llama(args: argparse.Namespace) -> dict[str, float]:
         engine.save(file, text)
     # Each turn of a process that was started anew reads the file, as the first turn does there.
     turn = [timed(tokens(10 + r, args.turn), args.before, restarted) for r in range(args.runs)]
-    result["state file, MiB"] = file.stat().st_size / 2**20
     return result | _summary(turn, alone)
 
 
@@ -172,19 +171,6 @@ def _summary(turn: list[float], alone: list[float]) -> dict[str, float]:
         "a turn, of its tokens alone": statistics.median(turn) / least,
         "the first turn, of its tokens alone": turn[0] / least,
     }
-
-
-def chat(args: argparse.Namespace, ask: Ask) -> dict[str, float]:
-    """Tokens that each turn of a growing conversation computes, over those that are new in it."""
-    said: list[int] = []
-    shares = []
-    for turn in range(args.turns):
-        known = len(said)
-        said = said + tokens(50 + turn, args.turn)
-        _, (output,) = ask([said], NEW, save="grows")
-        shares.append((len(said) - output.num_cached_tokens) / (len(said) - known))
-        said += output.outputs[0].token_ids
-    return {"computed over new, last turn": shares[-1], "computed over new, most": max(shares)}
 
 
 def decoding(args: argparse.Namespace, ask: Ask) -> dict[str, float]:
@@ -205,7 +191,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as directory:
         os.environ["LOLA_BENCH_STATES"] = directory
-        results: dict[str, dict[str, float]] = {name: run_worker(name) for name in WORKERS}
+        results: Results = {name: run_worker(name) for name in WORKERS}
         results |= {name: run_worker(name) for name in LLAMA if args.llama}
         rounds = [{name: run_worker(name) for name in DECODING} for _ in range(args.rounds)]
     rates = {n: [r[n]["tokens per second"] for r in rounds] for n in DECODING}
@@ -214,8 +200,7 @@ def main() -> None:
         on / off for on, off in zip(*rates.values(), strict=True)
     )
     for name, found in results.items():
-        for what, value in found.items():
-            print(f"{name:24} {what:36} {value:10.2f}")
+        print_values({f"{name}: {what}": value for what, value in found.items()})
     write_report(args, results)
 
 

@@ -22,8 +22,8 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,19 +33,6 @@ DTYPES = ("bf16", "f16", "f32")
 # What only a CUDA build of torch defines.
 CUDA_ONLY = {"aoti_torch_get_current_cuda_stream"}
 TORCH = Path(torch.__file__).parent
-
-
-@dataclass
-class Kernel:
-    """What one kernel takes on one architecture."""
-
-    name: str
-    arch: str
-    registers: int
-    spill_stores: int
-    spill_loads: int
-    stack: int
-    shared: int
 
 
 def flags(archs: list[str]) -> list[str]:
@@ -73,22 +60,25 @@ def demangle(name: str) -> str:
     return full.removeprefix("void ").removesuffix("(Params)")
 
 
-def parse(report: str) -> list[Kernel]:
-    """Kernels of a ptxas report."""
+def parse(report: str) -> list[dict[str, Any]]:
+    """What each kernel of a ptxas report takes."""
     found = []
     for block in report.split("Compiling entry function ")[1:]:
         name, arch = re.match(r"'(\w+)' for 'sm_(\w+)'", block).groups()
         stack, stores, loads = re.search(
             r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block
         ).groups()
-        registers = re.search(r"Used (\d+) registers", block).group(1)
         shared = re.search(r"Used .*?(\d+) bytes smem", block)
-        found.append(
-            Kernel(
-                demangle(name), arch, int(registers), int(stores), int(loads), int(stack),
-                int(shared.group(1)) if shared else 0,
-            )
-        )  # fmt: skip
+        row = {
+            "name": demangle(name),
+            "arch": arch,
+            "registers": int(re.search(r"Used (\d+) registers", block).group(1)),
+            "spill_stores": int(stores),
+            "spill_loads": int(loads),
+            "stack": int(stack),
+            "shared": int(shared.group(1)) if shared else 0,
+        }
+        found.append(row)
     return found
 
 
@@ -102,20 +92,19 @@ def link(nvcc: str, objects: list[Path], out: Path) -> set[str]:
     return set(re.findall(r"undefined reference to [`'](\w+)'", report))
 
 
-def main() -> int:
+def main() -> None:
     """Compile, link, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "cuda")
     parser.add_argument("--archs", nargs="+", default=list(ARCHS))
     parser.add_argument("--decode", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument("--json", type=Path, help="also write the table here")
     args = parser.parse_args()
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         sys.exit("nvcc is not installed, or not in PATH")
     args.out.mkdir(parents=True, exist_ok=True)
 
-    def compile_one(source: Path) -> tuple[Path, list[Kernel]]:
+    def compile_one(source: Path) -> tuple[Path, list[dict[str, Any]]]:
         target = args.out / f"{source.stem}.o"
         report = run([nvcc, *flags(args.archs), "-c", str(source), "-o", str(target)])
         return target, parse(report)
@@ -124,28 +113,25 @@ def main() -> int:
     sources = sorted(p for p in (ROOT / "csrc/cuda").glob("*.cu") if p.stem not in left_out)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(compile_one, sources))
-    kernels = sorted(
-        (kernel for _, found in results for kernel in found), key=lambda k: (k.name, int(k.arch))
+    rows = sorted(
+        (row for _, found in results for row in found),
+        key=lambda row: (row["name"], int(row["arch"])),
     )
     unresolved = link(nvcc, [target for target, _ in results], args.out)
+    (args.out / "table.json").write_text(json.dumps(rows, indent=1))
 
-    width = max(len(kernel.name) for kernel in kernels)
-    print(f"{'kernel':{width}}  arch  registers  spilled (store, load)  static shared")
-    for k in kernels:
-        spilled = f"{k.spill_stores}, {k.spill_loads}"
-        print(f"{k.name:{width}}  {k.arch:>4}  {k.registers:>9}  {spilled:>21}  {k.shared:>13}")
-    print(
-        f"{len(kernels)} kernels of {len(sources)} sources, linked to {args.out / 'lola_cuda.so'}"
-    )
-    if args.json:
-        args.json.write_text(json.dumps([asdict(kernel) for kernel in kernels], indent=1))
+    width = max(len(row["name"]) for row in rows)
+    print(f"{'kernel':{width}}" + "".join(f"{key:>14}" for key in list(rows[0])[1:]))
+    for row in rows:
+        name, *numbers = row.values()
+        print(f"{name:{width}}" + "".join(f"{number:>14}" for number in numbers))
+    print(f"{len(rows)} kernels of {len(sources)} sources, linked to {args.out / 'lola_cuda.so'}")
     unknown = {
         name for name in unresolved - CUDA_ONLY if not (left_out and "launch_decode" in name)
     }
     if unknown:
         sys.exit(f"undefined symbols: {', '.join(sorted(unknown))}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

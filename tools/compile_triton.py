@@ -1,6 +1,6 @@
 """Compile every kernel ahead of time, without a GPU, and print what each needs of one.
 
-    python -m tools.compile_triton [--arch 80 90 100] [--sparse 512]
+    python -m tools.compile_triton [--arch 80 90 100]
 
 Shapes are those of Llama-3.1-8B in bfloat16 with H and s in float32. Registers and stack bytes
 (what did not fit in registers) come from the machine code, shared memory from the compiler.
@@ -70,11 +70,11 @@ class Usage:
     cubin: bytes = field(repr=False)
 
 
-def llama_8b(sparse_cache_size: int = 512, num_state_heads: int = 8) -> LayerLayout:
+def llama_8b() -> LayerLayout:
     """A layer of Llama-3.1-8B: 32 query and 8 KV heads of 128, window 64, F 64, bfloat16."""
     page = StateLayout(
-        window_size=64, sparse_cache_size=sparse_cache_size, update_interval=64, sink_size=0,
-        num_kv_heads=8, num_state_heads=num_state_heads, num_sparse_heads=num_state_heads,
+        window_size=64, sparse_cache_size=512, update_interval=64, sink_size=0,
+        num_kv_heads=8, num_state_heads=8, num_sparse_heads=8,
         head_dim=128, feature_dim=64, kv_dtype=torch.bfloat16, state_dtype=torch.float32,
     )  # fmt: skip
     return LayerLayout((page,))
@@ -204,10 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print a table of every kernel on every architecture."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=list(ARCHS))
-    parser.add_argument("--sparse", type=int, default=512, help="sparse cache size, lambda")
-    parser.add_argument("--state-heads", type=int, choices=(8, 32), default=8)
     options = parser.parse_args(arguments)
-    layout = llama_8b(options.sparse, options.state_heads)
+    layout = llama_8b()
     print("| kernel | arch | warps | registers | stack bytes | shared bytes | seconds |")
     print("|---|---|---|---|---|---|---|")
     for kernel in kernels(layout):

@@ -5,69 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from dataclasses import MISSING, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lola_vllm.core.config import DecoderConfig, LolaConfig
-
-
-T = TypeVar("T")
-# Arguments of `add_argument` by a field's type.
-_BY_TYPE: dict[Any, dict[str, Any]] = {
-    int: {"type": int, "metavar": "N"},
-    float: {"type": float, "metavar": "X"},
-    str: {"metavar": "NAME"},
-    bool: {"action": "store_true"},
-}
-
-
-def option(help: str, default: Any = MISSING, *, part: str = "", **how: Any) -> Any:
-    """A field of a dataclass that is an option of the command line as well.
-
-    Args:
-        help: text of the option, without its default.
-        default: of field and option; without one both are required. On the command line a list is
-            a text with commas, which the command splits.
-        part: of the dataclass, see `add_fields`.
-        how: arguments of `add_argument` that replace those that follow from the field's type.
-    """
-    metadata = {"help": help, "part": part, "how": how}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def add_fields(parser: argparse._ActionsContainer, kind: Any, part: str = "") -> None:
-    """Add an option for each field of the dataclass `kind` that `option` made and is of `part`."""
-    types = get_type_hints(kind)
-    for item in fields(kind):
-        if item.metadata.get("part") != part:
-            continue
-        text, default = item.metadata["help"], item.default
-        how = dict(_BY_TYPE.get(types[item.name], {}))
-        if get_origin(types[item.name]) is Literal:
-            how = {"choices": get_args(types[item.name])}
-        elif item.default_factory is not MISSING:
-            how = {"metavar": "LIST"}
-            default = ",".join(map(str, item.default_factory()))
-        if default is MISSING:
-            how["required"] = True
-        else:
-            how["default"] = default
-            shown = f"{default:g}" if isinstance(default, float) else default
-            none = default is None or default is False or default == ()
-            if not none and "default" not in text:
-                text += f" (default: {shown})"
-        name = item.name.replace("_", "-")
-        parser.add_argument(f"--{name}", help=text, **{**how, **item.metadata["how"]})
-
-
-def from_options(kind: type[T], args: argparse.Namespace, **others: Any) -> T:
-    """The dataclass `kind` with what the user gave, but for the fields in `others`."""
-    made = [item.name for item in fields(kind) if "part" in item.metadata]  # type: ignore[arg-type]
-    return kind(**{name: getattr(args, name) for name in made} | others)
 
 
 def add_lola_config(parser: argparse._ActionsContainer) -> None:

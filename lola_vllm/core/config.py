@@ -31,8 +31,7 @@ from lola_vllm.core.sizes import Sizes, of_layer, read_sizes
 ENDLESS_LENGTH = 131_072  # tokens; 160 MiB of token ids for vLLM's 256 sequences
 
 _FACTS, _LOLA = "_lola_facts", "_lola"  # names of attributes that are no part of a file
-# Of a file; the class says what they say.
-_DERIVED = ("model_type", "base_model_type", "qkv_bias", "qk_norm")
+_DERIVED = ("model_type", "base_model_type", "qkv_bias", "qk_norm")  # told by the class
 SEVERAL_TABLES = ("dynamic", "longrope")  # types of RoPE with a table by the length of a context
 
 
@@ -222,21 +221,6 @@ class LolaConfig(BaseModel):
                 f"per query head ({num_heads}) or per KV head ({num_kv_heads})"
             )
 
-    def check_ranks(self, ranks: int, num_kv_heads: int, num_state_heads: int) -> None:
-        """Raise `LolaConfigError` if ranks would split the state heads that share a sparse set.
-
-        Each rank would choose pairs by the mean over its own heads alone. Answers would then
-        depend on the number of ranks.
-        """
-        shared = self.sparse_sharing == "kv_head" and num_state_heads != num_kv_heads
-        if shared and num_kv_heads % ranks:
-            raise LolaConfigError(
-                "lola_config.sparse_sharing = 'kv_head': the state heads of a KV head choose "
-                f"their sparse set together, and {ranks} tensor-parallel ranks would part them "
-                f"({num_state_heads} state heads, {num_kv_heads} KV heads); use a "
-                f"tensor-parallel size that divides {num_kv_heads}, or sparse_sharing = 'none'"
-            )
-
 
 def _only(key: str, sizes: Sizes) -> int:
     """The number of a key that could be a list; raises `LolaConfigError` where it is one."""
@@ -261,20 +245,6 @@ def default_context_shift(length: int) -> int:
         length: P, the base's `max_position_embeddings`, in tokens.
     """
     return 0 if length % 4 else length // 4
-
-
-def heads_divide(ranks: int, num_heads: int, num_kv_heads: int, num_state_heads: int) -> bool:
-    """Whether tensor-parallel ranks can divide the heads, as vLLM divides them.
-
-    There may be more ranks than KV heads. Several ranks then hold the same KV head and its state
-    head.
-    """
-    shared = ranks % num_kv_heads == 0
-    return (
-        num_heads % ranks == 0
-        and (num_kv_heads % ranks == 0 or shared)
-        and (num_state_heads % ranks == 0 or (shared and num_state_heads == num_kv_heads))
-    )
 
 
 def no_one_table(rope: str) -> LolaConfigError:

@@ -2,8 +2,7 @@
 
 A page is a pure function of the token prefix. It holds no counter: how many entries are valid
 follows from n, the number of tokens the page has seen (`num_sparse`, `num_folded`), so a page never
-needs clearing and its leftover bytes are never read. Shapes are written here once; kernels and the
-vLLM spec read them from here. Imports nothing of vLLM.
+needs clearing and its leftover bytes are never read. Shapes are written here once.
 
 One page, in this order (each part starts at a multiple of 64 bytes):
 
@@ -202,11 +201,6 @@ class StateLayout:
         last = list(self.parts)[-1]
         return _align(self.offsets[last] + self.part_bytes[last], PAGE_ALIGNMENT)
 
-    @property
-    def full_kv_bytes_per_token(self) -> int:
-        """What one token takes in a full KV cache of the same layer."""
-        return 2 * self.num_kv_heads * self.head_dim * self.kv_dtype.itemsize
-
     def views(self, pages: Tensor) -> StateViews:
         """Typed views of raw pages.
 
@@ -390,7 +384,8 @@ class LayerLayout:
     def full_kv_bytes_per_token(self) -> int:
         """What one token takes in a full KV cache of the same layer; 0 in a sliding one, which
         keeps its window."""
-        return sum(page.full_kv_bytes_per_token for page in self.pages) * (not self.slides)
+        pair = 2 * self.pages[0].head_dim * self.pages[0].kv_dtype.itemsize
+        return self.num_kv_heads * pair * (not self.slides)
 
     def table(self, num_heads: int, subtract_max: bool, rotated_map_after: int = NEVER) -> Tensor:
         """The layout as C++ and CUDA read it: int64 `[len(pages), len(TABLE_FIELDS)]`, with offsets

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from lola_vllm.core.cli_options import sparse_cache
-from lola_vllm.core.config import DecoderConfig, default_context_shift, heads_divide
+from lola_vllm.core.config import DecoderConfig, default_context_shift
 from lola_vllm.core.layers import layer_layouts
 from lola_vllm.core.model_types import LOLA_TYPES
+from lola_vllm.core.ranks import check_ranks, heads_divide
 from lola_vllm.core.state import SequenceLayout
 from lola_vllm.models.base import config_of, lola_fields
 from lola_vllm.models.families import check_base
@@ -127,7 +128,7 @@ def estimate(
             f"tensor_parallel_size = {ranks}: {heads} query, {kv_heads} KV and {state_heads} "
             f"state heads cannot be divided among so many ranks; use a divisor of {kv_heads}"
         )
-    lola.check_ranks(ranks, kv_heads, state_heads)
+    check_ranks(lola, ranks, kv_heads, state_heads)
     layers = layer_layouts(config, getattr(torch, dtype), ranks)
     return Estimate(config, SequenceLayout(layers))
 

@@ -16,15 +16,14 @@ import random
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
-from lola_vllm.core.cli_options import option
 from lola_vllm.evaluation import EvalError
 from lola_vllm.evaluation.held_out import read_kinds
 from lola_vllm.evaluation.models import Prediction, Stop, Tokenizer, prefix_of
-from lola_vllm.evaluation.plan import Plan, at_least, numbers, words
+from lola_vllm.evaluation.plan import Plan
 from lola_vllm.evaluation.results import (
     Record,
     Row,
@@ -79,24 +78,12 @@ class CopyPlan(Plan):
     keys: ClassVar[tuple[str, ...]] = ("kind", "length", "index", "distance")
     read_in_pieces: ClassVar[bool] = True
 
-    texts: str = option(
-        "a text file or a directory of them; held-out documents are read",
-        metavar="PATH",
-    )
-    kinds: list[str] = option(
-        "of prose, documentation and code, or names of files (default: all that the texts have)",
-        [],
-        type=words,
-    )
-    lengths: list[int] = option("tokens of a text", LENGTHS, type=numbers)
-    distances: list[int] = option(
-        "tokens from a passage to the end of what was read, within a tenth; a text is asked for "
-        "those that it holds",
-        DISTANCES,
-        type=numbers,
-    )
-    samples: int = option("texts of each kind and length, at most", 4, type=at_least(1))
-    seed: int = option("of all choices", 0)
+    texts: str
+    kinds: list[str] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=lambda: list(LENGTHS))
+    distances: list[int] = field(default_factory=lambda: list(DISTANCES))
+    samples: int = 4
+    seed: int = 0
     stops: int = 4
     passages: int = 4
 

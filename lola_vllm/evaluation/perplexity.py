@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lola_vllm.core.cli_options import option
 from lola_vllm.evaluation import EvalError
 from lola_vllm.evaluation.held_out import read_held_out
 from lola_vllm.evaluation.models import Prediction, Tokenizer, prefix_of
-from lola_vllm.evaluation.plan import Plan, at_least
+from lola_vllm.evaluation.plan import Plan
 from lola_vllm.evaluation.results import (
     Record,
     Row,
@@ -31,17 +30,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PerplexityPlan(Plan):
-    """The text that every setting reads."""
+    """The text that every setting reads. Fields are options of `lola-vllm eval perplexity`."""
 
     name: ClassVar[str] = "perplexity"
 
-    texts: str = option(
-        "a text file or a directory of them, each a kind; held-out documents are read",
-        metavar="PATH",
-    )
-    windows: int = option("per kind of text, at most", 16, type=at_least(1))
-    window_length: int = option("in tokens", 1024, type=at_least(8))
-    seed: int = option("of all choices", 0)
+    texts: str
+    windows: int = 16
+    window_length: int = 1024
+    seed: int = 0
 
     @property
     def max_length(self) -> int:

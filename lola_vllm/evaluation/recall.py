@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from lola_vllm.core.cli_options import option
 from lola_vllm.evaluation import EvalError
-from lola_vllm.evaluation.facts import CHAT_FORMS
 from lola_vllm.evaluation.held_out import read_held_out, read_kinds
 from lola_vllm.evaluation.models import Tokenizer
-from lola_vllm.evaluation.plan import Plan, at_least, numbers, words
-from lola_vllm.evaluation.prompts import PRECEDING, SPREAD, Prompt, build_prompts, grid
+from lola_vllm.evaluation.plan import Plan
+from lola_vllm.evaluation.prompts import SPREAD, Prompt, build_prompts, grid
 from lola_vllm.evaluation.question import Prose, RealText
 from lola_vllm.evaluation.results import Record, Row, markdown, wilson
-from lola_vllm.evaluation.tasks import TASKS, find_tasks
+from lola_vllm.evaluation.tasks import find_tasks
 
 if TYPE_CHECKING:
     from lola_vllm.evaluation.engine import EngineModel
@@ -98,6 +96,7 @@ def _show(cell: Row | None) -> str:
 # --- the plan
 
 LENGTHS = [512, 1024, 2048, 4096, 8192]  # of prompts whose needles lie at random depths
+DEFAULT_TASKS = ("niah-1", "niah-2", "niah-3", "multikey", "vt")
 
 
 @dataclass(frozen=True)
@@ -105,33 +104,18 @@ class RecallPlan(RecallRows):
     """The questions to every setting.
 
     A cell is a task at one length, or, with distances, at one length and distance. Without lengths
-    each distance has a length of its own.
+    each distance has a length of its own. Fields are options of `lola-vllm eval recall`.
     """
 
     name: ClassVar[str] = "recall"
     keys: ClassVar[tuple[str, ...]] = ("task", "length", "aim", "index")
 
-    tasks: list[str] = option(
-        f"of {', '.join([*TASKS, *CHAT_FORMS])}",
-        ["niah-1", "niah-2", "niah-3", "multikey", "vt"],
-        type=words,
-    )
-    lengths: list[int] = option("tokens of prompt and answer together", LENGTHS, type=numbers)
-    samples: int = option("per task and length", 50, type=at_least(1))
-    seed: int = option("of all choices", 0)
-    texts: str | None = option(
-        "real text, for tasks that hide something in prose or code: a directory of text files, or "
-        "a file",
-        None,
-        metavar="PATH",
-    )
-    distances: list[int] = option(
-        "tokens of text from the needle to the question, in place of random depths; a prompt then "
-        f"has its distance and {PRECEDING:,} to {PRECEDING + SPREAD:,} tokens more, or each of "
-        "--lengths that holds it",
-        [],
-        type=numbers,
-    )
+    tasks: list[str] = field(default_factory=lambda: list(DEFAULT_TASKS))
+    lengths: list[int] = field(default_factory=lambda: list(LENGTHS))
+    samples: int = 50
+    seed: int = 0
+    texts: str | None = None
+    distances: list[int] = field(default_factory=list)
 
     @property
     def cells(self) -> list[tuple[int, int]]:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from lola_vllm.core.cli_options import option
 from lola_vllm.evaluation import EvalError
 from lola_vllm.models.files import CheckpointError, read_json
 
@@ -32,7 +31,7 @@ class Setting:
     name: str
     model: Path
     lola_config: dict[str, Any] = field(default_factory=dict)
-    without: str = option("ablation: leave out hidden-state, importance, or both with a comma", "")
+    without: str = ""
 
     @property
     def config(self) -> dict[str, Any]:

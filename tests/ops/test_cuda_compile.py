@@ -27,7 +27,7 @@ def compiled(tmp_path_factory):
     result = subprocess.run(
         [
             *(sys.executable, str(SCRIPT), "--archs", ARCH, "--decode", DECODE),
-            *("--out", str(folder), "--json", str(folder / "table.json")),
+            *("--out", str(folder)),
         ],
         capture_output=True,
         text=True,

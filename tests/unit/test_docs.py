@@ -12,7 +12,7 @@ from lola_vllm.command import cli
 from lola_vllm.engine.vllm import config_hook, refusals
 from lola_vllm.engine.vllm.compat import SUPPORTED, TESTED
 from tests.support.documented import ROOT, commands
-from tools.site import config_table, picture
+from tools.site import picture
 
 DOCS = ROOT / "docs"
 BESIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
@@ -59,12 +59,6 @@ def test_every_page_is_in_the_sites_menu():
     menu = (ROOT / "mkdocs.yml").read_text()
     pages = [page.relative_to(DOCS).as_posix() for page in PAGES if page.is_relative_to(DOCS)]
     assert not [page for page in pages if f": {page}\n" not in menu]
-
-
-def test_the_table_of_parameters_is_that_of_the_code():
-    page = config_table.PAGE.read_text()
-    remedy = "run python -m tools.site.config_table"
-    assert config_table.with_table(page) == page, remedy
 
 
 @pytest.mark.parametrize("theme", picture.COLORS)

@@ -28,7 +28,7 @@ def readme(runs: Runs) -> str:
     lines = [["", "MiB per sequence", *TASKS.values()]]
     for model, names in MODELS.items():
         several = [run for name in names for run in runs(name)]
-        found, _ = of_both(several, tuple(KINDS))
+        found = of_both(several, tuple(KINDS))
         for name, label in KINDS.items():
             cells = [found[name][task, LENGTH] for task in TASKS]
             counts = [f"{cell['exact']} of {cell['samples']}" for cell in cells]

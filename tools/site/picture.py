@@ -12,12 +12,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-RUNS = ROOT / "benchmarks" / "results" / "memory-picture.json"
+from tools.site.summaries import RESULTS, ROOT
+
 IMAGES = ROOT / "docs" / "images"
 TASK = "niah-1"
 
@@ -33,54 +31,12 @@ COLORS = {
              "lola": "#79c0ff"},
 }  # fmt: skip
 
-
-@dataclass(frozen=True)
-class Line:
-    """A setting: MiB and the share of exact answers by length in tokens.
-
-    `labels`: how far below its dot each share stands, and how far right of and below the last dot
-    the name ends.
-    """
-
-    name: str
-    color: str
-    labels: tuple[int, int, int]
-    mib: dict[int, float]
-    recall: dict[int, float]
-
-
-# Name, colour, places of labels, the setting's name in the runs.
-SETTINGS = (
-    ("full KV cache", "stock", (-10, -36, 0), "softmax teacher"),
-    ("LoLA", "lola", (20, 32, -12), "as it ships"),
+# Of each line the setting's name in the runs, its name here, its colour, how far below its dot each
+# share stands, and how far right of and below the last dot the name ends.
+LINES = (
+    ("softmax teacher", "full KV cache", "stock", -10, -36, 0),
+    ("as it ships", "LoLA", "lola", 20, 32, -12),
 )
-
-
-def lines() -> list[Line]:
-    """What is drawn, from the results."""
-    settings = [setting for run in json.loads(RUNS.read_text()) for setting in run["settings"]]
-    return [_line(*row, settings=settings) for row in SETTINGS]
-
-
-def _line(
-    name: str,
-    color: str,
-    labels: tuple[int, int, int],
-    setting: str,
-    settings: list[dict[str, Any]],
-) -> Line:
-    mib: dict[int, float] = {}
-    recall: dict[int, float] = {}
-    for found in settings:
-        if found["name"] != setting:
-            continue
-        for cell in found["cells"]:
-            if cell["task"] == TASK:
-                recall[cell["length"]] = cell["rate"]
-        for length in LENGTHS:  # a state has one size, a full KV cache one per token
-            size = found["state_bytes"] or length * found["full_kv_bytes_per_token"]
-            mib[length] = size / 2**20
-    return Line(name, color, labels, mib, recall)
 
 
 def _x(length: float) -> float:
@@ -114,25 +70,35 @@ def _elements(color: dict[str, str]) -> Iterator[str]:
         yield text(_x(length), BOTTOM + 22, f"{length:,}", anchor="middle", fill=color["faint"])
     middle = (LEFT + WIDTH - RIGHT) / 2
     yield text(middle, BOTTOM + 46, "tokens of context", anchor="middle", fill=color["faint"])
-    for line in lines():
-        yield from _line_elements(line, color[line.color])
+    runs = json.loads((RESULTS / "memory-picture.json").read_text())
+    for setting, name, line, *places in LINES:
+        found = [each for run in runs for each in run["settings"] if each["name"] == setting]
+        yield from _line(found, name, color[line], *places)
     yield "</svg>"
 
 
-def _line_elements(line: Line, stroke: str) -> Iterator[str]:
+def _line(
+    found: list[dict[str, Any]], name: str, stroke: str, below: int, right: int, name_below: int
+) -> Iterator[str]:
     """A line with its shares and its name, where the other lines leave room."""
-    points = " ".join(f"{_x(n):.1f},{_y(line.mib[n]):.1f}" for n in LENGTHS)
+
+    def mib(length: int) -> float:  # a state has one size, a full KV cache one per token
+        setting = found[-1]
+        return (setting["state_bytes"] or length * setting["full_kv_bytes_per_token"]) / 2**20
+
+    points = " ".join(f"{_x(n):.1f},{_y(mib(n)):.1f}" for n in LENGTHS)
     yield f'<polyline points="{points}" fill="none" stroke="{stroke}" stroke-width="2.5"/>'
-    share_below, name_right, name_below = line.labels
-    for length, share in sorted(line.recall.items()):
-        x, y = _x(length), _y(line.mib[length])
+    cells = [cell for setting in found for cell in setting["cells"] if cell["task"] == TASK]
+    recall = {cell["length"]: cell["rate"] for cell in cells}
+    for length, share in sorted(recall.items()):
+        x, y = _x(length), _y(mib(length))
         yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{stroke}"/>'
         words = f"{share:.0%}".replace("%", " %")
-        yield text(x, y + share_below, words, anchor="middle", fill=stroke)
+        yield text(x, y + below, words, anchor="middle", fill=stroke)
     last = LENGTHS[-1]
-    name = f"{line.name}: {line.mib[last]:.1f} MiB at {last:,}"
-    x, y = _x(last) + name_right, _y(line.mib[last]) + name_below
-    yield text(x, y, name, anchor="end", weight="600", fill=stroke)
+    label = f"{name}: {mib(last):.1f} MiB at {last:,}"
+    x, y = _x(last) + right, _y(mib(last)) + name_below
+    yield text(x, y, label, anchor="end", weight="600", fill=stroke)
 
 
 def text(x: float, y: float, words: str, **how: str) -> str:

@@ -1,6 +1,6 @@
-"""The tables of results on the pages, from the summaries in benchmarks/results/.
+"""The tables on the pages: of results, from benchmarks/results/, and of the parameters.
 
-    python -m tools.site.result_tables                           # after a change of a summary
+    python -m tools.site.result_tables            # after a change of a summary or a parameter
     python -m tools.site.result_tables recall-copy eval-results/copy-7000/copy.summary.json
 
 The second form makes a table's file of one or several summaries first: what `lola-vllm eval` and
@@ -21,7 +21,7 @@ from typing import Any
 
 from lola_vllm.evaluation import summary
 from lola_vllm.evaluation.results import wilson
-from tools.site import copy_tables, front_tables, speed_tables
+from tools.site import config_table, copy_tables, front_tables, speed_tables
 from tools.site.summaries import (
     BASE,
     RESULTS,
@@ -30,7 +30,6 @@ from tools.site.summaries import (
     Cells,
     asked,
     of_both,
-    pooled,
     table,
     together,
 )
@@ -44,6 +43,7 @@ PAGES = (
     "docs/choices.md",
     "docs/linearize.md",
     "docs/performance.md",
+    "docs/configuration.md",
 )
 
 ROWS = {
@@ -100,7 +100,7 @@ def cells(name: str, setting: str) -> Cells:
     return together(asked(runs(name), setting))
 
 
-def share(cell: dict[str, Any] | None, usual: int, interval: bool = True) -> str:
+def share(cell: dict[str, Any] | None, usual: int) -> str:
     """Exact answers in percent, their number where it is not the usual one; empty for None.
 
     RULER's score follows where an answer has several strings, of which it may have some.
@@ -109,9 +109,8 @@ def share(cell: dict[str, Any] | None, usual: int, interval: bool = True) -> str
         return ""
     low, high = (round(100 * bound) for bound in wilson(cell["exact"], cell["samples"]))
     text = f"{100 * cell['exact'] / cell['samples']:.0f} %"
-    if interval:
-        text += f" [{low}, {high}]" if low else f" [0, {high}]"
-    if interval and cell["samples"] != usual:
+    text += f" [{low}, {high}]" if low else f" [0, {high}]"
+    if cell["samples"] != usual:
         text += f" of {cell['samples']}"
     return f"{text}, {100 * cell['match']:.0f} %" if cell.get("task") in SEVERAL else text
 
@@ -140,7 +139,7 @@ def below(
 
 def demo() -> str:
     """The demo model and its base: what both were asked."""
-    both, _ = of_both([run for name in front_tables.DEMO for run in runs(name)], tuple(ROWS))
+    both = of_both([run for name in front_tables.DEMO for run in runs(name)], tuple(ROWS))
     return below({label: both[name] for name, label in ROWS.items()}, TASKS, LENGTHS, 12)
 
 
@@ -172,6 +171,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recall-perplexity": perplexity,
     "second-recall": partial(by_task, "second-recall", SEVERAL, (4096, 8192), SECOND_ROWS, 9),
     "choices": choices,
+    "configuration": config_table.config_table,
     **{name: partial(make, runs) for part in PARTS for name, make in part.TABLES.items()},
 }
 
@@ -190,7 +190,7 @@ def main(argv: list[str]) -> None:
     if args.name:
         if not args.files:
             parser.error(f"files: none for {args.name!r}; name the summaries it is made of")
-        found = pooled([json.loads(file.read_text()) for file in args.files])
+        found = [json.loads(file.read_text()) for file in args.files]
         (RESULTS / f"{args.name}.json").write_text(summary.text(found), encoding="utf-8")
     for name in PAGES:
         page = ROOT / name

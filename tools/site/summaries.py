@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -57,15 +56,20 @@ def together(found: Mapping[tuple[str, int], Sequence[Asked]]) -> Cells:
         ValueError: a seed counts twice, or they are of several models.
     """
     for (task, length), several in found.items():
-        same_model([one.fingerprint for one in several], f"{task} at {length}")
-        _refuse_twice([seed for one in several for seed in one.seeds], f"{task} at {length}")
+        cell = f"{task} at {length}"
+        models = sorted({one.fingerprint for one in several} - {None})
+        if len(models) > 1:
+            raise ValueError(
+                f"{cell}: of the models {', '.join(models)}; leave the summaries of others out"
+            )
+        seeds = [seed for one in several for seed in one.seeds]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"{cell}: seeds {seeds}, so the same questions would count twice")
     return {key: pool_cells([one.cell for one in several]) for key, several in found.items()}
 
 
-def of_both(
-    runs: Sequence[Mapping[str, Any]], names: Sequence[str]
-) -> tuple[dict[str, Cells], dict[str, Cells]]:
-    """Cells of what all settings of these names were asked, and of what one alone was asked.
+def of_both(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Cells]:
+    """Cells of what all settings of these names were asked.
 
     Questions are the same where task, length, seed and number of samples are: the last decides at
     which depths something is hidden.
@@ -75,87 +79,23 @@ def of_both(
     """
     of_each = {name: asked(runs, name) for name in names}
 
-    def cells(name: str, shared: bool) -> Cells:
-        def is_shared(key: tuple[str, int], one: Asked) -> bool:
-            return all(
-                any((one.seeds, one.samples) == (it.seeds, it.samples) for it in each.get(key, ()))
-                for each in of_each.values()
-            )
-
-        chosen = {
-            key: [one for one in several if is_shared(key, one) == shared]
-            for key, several in of_each[name].items()
-        }
-        return together({key: several for key, several in chosen.items() if several})
-
-    return (
-        {name: cells(name, True) for name in names},
-        {name: cells(name, False) for name in names},
-    )
-
-
-def same_model(fingerprints: Iterable[str | None], what: str) -> None:
-    """Refuse to count results of several models together; a model without a fingerprint passes.
-
-    Raises:
-        ValueError: there are several fingerprints.
-    """
-    known = sorted({one for one in fingerprints if one is not None})
-    if len(known) > 1:
-        raise ValueError(
-            f"{what}: of the models {', '.join(known)}; leave the summaries of other models out"
+    def is_shared(key: tuple[str, int], one: Asked) -> bool:
+        return all(
+            any((one.seeds, one.samples) == (it.seeds, it.samples) for it in each.get(key, ()))
+            for each in of_each.values()
         )
 
-
-def _refuse_twice(seeds: Sequence[int], what: str) -> None:
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"{what}: seeds {seeds}, so the same questions would count twice")
+    found = {}
+    for name, cells in of_each.items():
+        shared = {key: [x for x in several if is_shared(key, x)] for key, several in cells.items()}
+        found[name] = together({key: several for key, several in shared.items() if several})
+    return found
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first row is the header."""
     head, *rest = (re.sub(r"(?<=\|) +(?=\|)", " ", f"| {' | '.join(row)} |") for row in rows)
     return "\n".join([head, "|" + "---|" * len(rows[0]), *rest]) + "\n"
-
-
-def pooled(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Runs of `lola-vllm eval recall` that differ in the seed alone, as one run.
-
-    Its `seed` is a list, its cells have the counts of all, and its date is the last one's. Others
-    stay as they are.
-    """
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for run in runs:
-        recall = run.get("evaluation") == "recall" and "seed" in run.get("plan", {})
-        key = _but_for_seed(run) if recall else str(len(found))
-        found.setdefault(key, []).append(run)
-    return [_pool(same) if len(same) > 1 else same[0] for same in found.values()]
-
-
-def _but_for_seed(run: Mapping[str, Any]) -> str:
-    """What runs that are pooled agree in: all but the seed, the date and what was found."""
-    plan = {key: value for key, value in run["plan"].items() if key != "seed"}
-    settings = [
-        {key: value for key, value in setting.items() if key not in ("seconds", "cells")}
-        for setting in run["settings"]
-    ]
-    return json.dumps([plan, run["batch"], run["machine"], settings])
-
-
-def _pool(runs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    seeds = [run["plan"]["seed"] for run in runs]
-    _refuse_twice(seeds, "one evaluation")
-    settings = []
-    for same in zip(*(run["settings"] for run in runs), strict=True):
-        cells = [pool_cells(cells) for cells in zip(*(s["cells"] for s in same), strict=True)]
-        seconds = round(sum(setting["seconds"] for setting in same), 1)
-        settings.append({**same[0], "seconds": seconds, "cells": cells})
-    return {
-        **runs[-1],
-        "date": max(run["date"] for run in runs),
-        "plan": {**runs[0]["plan"], "seed": seeds},
-        "settings": settings,
-    }
 
 
 def pool_cells(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lola_vllm.core.config import DecoderConfig, heads_divide
+from lola_vllm.core.config import DecoderConfig
 from lola_vllm.core.ops.shift_schedule import MAX_LENGTH
+from lola_vllm.core.ranks import check_ranks, heads_divide
 from lola_vllm.engine.vllm.cache import sequence_layout
 from lola_vllm.engine.vllm.connectors import has_store
 from lola_vllm.models.files import open_weights, weight_files
@@ -172,7 +173,7 @@ def check_parallel_heads(config: DecoderConfig, tp_size: int) -> None:
             f"state heads and {kv_heads} KV heads cannot be divided among {tp_size} ranks; use a "
             f"divisor of {kv_heads}"
         )
-    config.lola.check_ranks(tp_size, kv_heads, state_heads)
+    check_ranks(config.lola, tp_size, kv_heads, state_heads)
 
 
 def check_prefill_room(vllm_config: VllmConfig) -> None:

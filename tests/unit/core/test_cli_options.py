@@ -1,14 +1,11 @@
-"""Fields of a dataclass as options: what is given counts, and the default for what is not."""
+"""What commands make of their options: what is given counts, and the default for what is not."""
 
-import argparse
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
 from lola_vllm.command import cli
-from lola_vllm.core.cli_options import add_fields, from_options, option
 from lola_vllm.evaluation.chats import ChatPlan
 from lola_vllm.evaluation.copying import CopyPlan
 from lola_vllm.evaluation.perplexity import PerplexityPlan
@@ -16,45 +13,6 @@ from lola_vllm.evaluation.recall import RecallPlan
 from lola_vllm.evaluation.settings import Setting
 from lola_vllm.evaluation.stream import StreamPlan
 from lola_vllm.training.distill.options import DistillOptions
-
-
-@dataclass
-class Options:
-    needed: str = option("what it is")
-    number: int = option("how many", 0)
-    share: float = option("how much", 0.5)
-    kind: Literal["a", "b"] = option("a (the default) or b", "a")
-    switch: bool = option("on", False)
-    words: list[str] = option("several", ["x", "y"])
-    place: Path | None = option("where", None, type=Path, metavar="DIR")
-    other: int = option("of another part", 3, part="second")
-    inner: int = 4
-
-
-def parse(argv: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(exit_on_error=False)
-    add_fields(parser, Options)
-    add_fields(parser.add_argument_group("second"), Options, "second")
-    return parser.parse_args(argv.split())
-
-
-def test_fields_become_options():
-    args = parse("--needed a")
-    assert args.words == "x,y"
-    assert from_options(Options, args, words=["x", "y"]) == Options("a")
-    args = parse("--needed a --number 2 --share 1 --kind b --switch --place d --other 5")
-    assert from_options(Options, args, words=[], inner=6) == Options(
-        "a", 2, 1.0, "b", True, [], Path("d"), 5, 6
-    )
-    assert not hasattr(args, "inner")
-    parser = argparse.ArgumentParser()
-    add_fields(parser, Options)
-    told = {action.dest: action.help for action in parser._actions}
-    assert told["number"] == "how many (default: 0)" and told["place"] == "where"
-    assert told["kind"] == "a (the default) or b" and told["switch"] == "on"
-    for argv in ("--number 2", "--needed a --number x", "--needed a --kind c"):
-        with pytest.raises((argparse.ArgumentError, SystemExit)):
-            parse(argv)
 
 
 class StopError(Exception):

@@ -1,6 +1,7 @@
 """`lola_config`: validated once, refused with the field, the value and the remedy."""
 
 import copy
+import functools
 
 import pytest
 from transformers import AutoConfig
@@ -13,12 +14,20 @@ from lola_vllm.core.config import (
     config_class,
     default_context_shift,
 )
+from lola_vllm.core.ranks import check_ranks
 
 
 def test_the_interval_follows_the_window_unless_it_is_given():
     assert LolaConfig(window_size=9).update_interval == 9
     assert LolaConfig(window_size=9, update_interval=None).update_interval == 9
     assert LolaConfig(window_size=9, update_interval=1).update_interval == 1
+
+
+def checks(config, what):
+    """The check of a config."""
+    if what == "ranks":
+        return functools.partial(check_ranks, config)
+    return getattr(config, f"check_{what}")
 
 
 SHARED, APART = {"sparse_sharing": "kv_head"}, {"sparse_sharing": "none"}
@@ -63,7 +72,7 @@ RECENT = {"sparse_cache_size": 8, "recent_size": [1, [2], 3]}
 def test_what_does_not_suit_is_named(fields, check, message):
     with pytest.raises(LolaConfigError, match=message) as error:
         config = LolaConfig(**fields)
-        getattr(config, f"check_{check[0]}")(*check[1:])
+        checks(config, check[0])(*check[1:])
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -84,7 +93,7 @@ def test_what_does_not_suit_is_named(fields, check, message):
     ],
 )
 def test_what_suits_is_taken(fields, check, numbers):
-    getattr(LolaConfig(**fields), f"check_{check}")(*numbers)
+    checks(LolaConfig(**fields), check)(*numbers)
 
 
 def test_a_sparse_cache_may_have_a_size_per_layer():

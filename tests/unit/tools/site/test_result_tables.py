@@ -8,7 +8,7 @@ import pytest
 from lola_vllm.evaluation import summary
 from lola_vllm.evaluation.results import wilson
 from tools.site import result_tables
-from tools.site.summaries import RESULTS, ROOT, asked, of_both, pooled, together
+from tools.site.summaries import RESULTS, ROOT, asked, of_both, together
 
 files = pytest.mark.parametrize("file", sorted(RESULTS.iterdir()), ids=lambda path: path.stem)
 
@@ -68,53 +68,31 @@ def test_a_summary_leaves_out_answers_only(tmp_path):
     }
 
 
-def recall_run(seed, exact, **plan):
-    samples = 3
+def recall_run(seed, exact, name="a", samples=3):
     low, high = wilson(exact, samples)
-    cell = {"task": "vt", "exact": exact, "samples": samples, "low": low, "high": high}
-    cell |= {"match": exact / 3, "share": exact / 3, "rate": exact / 3}
-    setting = {"name": "a", "fingerprint": "f", "seconds": 2.0, "cells": [cell]}
-    plan = {"tasks": ["vt"], "seed": seed, **plan}
-    run = {"evaluation": "recall", "plan": plan, "batch": 2, "machine": {"cores": 2}}
-    return {**run, "date": f"2026-01-0{seed}", "settings": [setting]}
+    cell = {"task": "vt", "length": 2048, "exact": exact, "samples": samples}
+    cell |= {"low": low, "high": high, "rate": exact / samples}
+    setting = {"name": name, "fingerprint": "f", "cells": [cell]}
+    return {"plan": {"seed": seed, "samples": samples}, "settings": [setting]}
 
 
 def test_seeds_of_the_same_questions_count_together():
-    other = recall_run(1, 1, tasks=["niah-1"])
-    stream = {"evaluation": "stream", "plan": {"seed": 1}}
-    first, same, *rest = pooled([recall_run(1, 1), other, recall_run(2, 3), stream, stream])
-    assert same == other and rest == [stream, stream]
-    assert first["plan"]["seed"] == [1, 2] and first["date"] == "2026-01-02"
-    (setting,) = first["settings"]
-    (cell,) = setting["cells"]
-    assert (cell["exact"], cell["samples"], setting["seconds"]) == (4, 6, 4.0)
+    runs = [recall_run(1, 1), recall_run(2, 3)]
+    ((key, cell),) = together(asked(runs, "a")).items()
+    assert key == ("vt", 2048) and (cell["exact"], cell["samples"]) == (4, 6)
     assert (cell["low"], cell["high"]) == wilson(4, 6) and cell["rate"] == pytest.approx(2 / 3)
-    changed = recall_run(2, 1)
-    changed["settings"][0]["fingerprint"] = "another"
-    assert len(pooled([recall_run(1, 1), changed])) == 2
-    with pytest.raises(ValueError, match="count twice"):
-        pooled([recall_run(1, 1), recall_run(1, 2)])
 
 
 def test_what_both_were_asked_counts_and_what_one_was_asked_alone_does_not():
-    base, other = recall_run(1, 3, samples=3), recall_run(2, 1, samples=3)
-    for run, name in ((base, "softmax base"), (other, "softmax base")):
-        run["settings"][0]["name"] = name
-    ships = recall_run(1, 2, samples=3)
-    for run in (base, other, ships):
-        run["settings"][0]["cells"][0]["length"] = 2048
-    both, alone = of_both([base, other, ships], ["softmax base", "a"])
-    counts = {name: (cell["exact"], cell["samples"]) for name, (cell,) in cells_of(both)}
-    assert counts == {"softmax base": (3, 3), "a": (2, 3)}
-    assert [cell["exact"] for cell in alone["softmax base"].values()] == [1] and not alone["a"]
+    base, other = (recall_run(seed, exact, "softmax base") for seed, exact in ((1, 3), (2, 1)))
+    ships = recall_run(1, 2)
+    both = of_both([base, other, ships], ["softmax base", "a"])
+    found = {name: [(x["exact"], x["samples"]) for x in both[name].values()] for name in both}
+    assert found == {"softmax base": [(3, 3)], "a": [(2, 3)]}
     # Of another number of samples the same seed hides things elsewhere: it is another question.
     ships["plan"]["samples"] = 4
-    both, alone = of_both([base, other, ships], ["softmax base", "a"])
-    assert not both["a"] and [cell["exact"] for cell in alone["a"].values()] == [2]
-
-
-def cells_of(found):
-    return [(name, list(cells.values())) for name, cells in found.items()]
+    both = of_both([base, other, ships], ["softmax base", "a"])
+    assert not both["a"] and not both["softmax base"]
 
 
 @pytest.mark.parametrize(
@@ -122,9 +100,7 @@ def cells_of(found):
     [(1, "f", "count twice"), (2, "g", "vt at 2048: of the models f, g; leave")],
 )
 def test_no_question_counts_twice_and_no_other_model(seed, fingerprint, message):
-    runs = [recall_run(1, 1, samples=3), recall_run(seed, 2, samples=4)]
+    runs = [recall_run(1, 1), recall_run(seed, 2, samples=4)]
     runs[1]["settings"][0]["fingerprint"] = fingerprint
-    for run in runs:
-        run["settings"][0]["cells"][0]["length"] = 2048
     with pytest.raises(ValueError, match=message):
         together(asked(runs, "a"))

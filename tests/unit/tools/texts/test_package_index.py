@@ -15,7 +15,10 @@ from tools.texts.package_index import DownloadError, PinnedFile, fetch_file
 
 DATA = b"a source distribution"
 FILE = PinnedFile("poems", "1.0", "poems-1.0.tar.gz", hashlib.sha256(DATA).hexdigest())
-PAGE = b'<a name="x">none</a> <a href="../../files/poems-1.0.tar.gz#sha256=0">poems-1.0.tar.gz</a>'
+PAGE = (
+    b'<a href="../../files/poems-0.9.tar.gz">poems-0.9.tar.gz</a> '
+    b'<a href="../../files/poems-1.0.tar.gz#sha256=0">poems-1.0.tar.gz</a>'
+)
 
 
 class Index(ThreadingHTTPServer):
@@ -40,6 +43,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(401)
         elif self.path in index.pages:
             self.send_response(200)
+            self.send_header("Content-Type", "text/html")
             self.end_headers()
             self.wfile.write(index.pages[self.path])
         else:
