@@ -6,6 +6,9 @@ Each server is a command line, run in an environment without variables of OpenMP
 workers. vLLM's own client, `vllm bench serve`, asks each of them for every context and batch. The
 order of servers is repeated `--rounds` times and the best round of a cell is kept, since a shared
 machine only ever makes a server slower. Read the ratios.
+
+With `--starts` each is started twice before, and timed to its first answer: with an empty cache of
+compiled code, and with the one that the first start left.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +59,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--tokens", type=int, default=96, help="of each answer")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--starts", action="store_true", help="time the first and second start")
     parser.add_argument(
         "--server",
         action="append",
@@ -67,9 +72,9 @@ def parse() -> argparse.Namespace:
 
 
 @contextmanager
-def served(command: str) -> Iterator[tuple[str, str]]:
+def served(command: str, **variables: str) -> Iterator[tuple[str, str]]:
     """The server of a command line, which has answered once: its address and its model."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(NOT_A_USERS)}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(NOT_A_USERS)} | variables
     words = shlex.split(command)
     while "=" in words[0]:
         name, _, value = words.pop(0).partition("=")
@@ -110,6 +115,12 @@ def main() -> None:
     args = parse()
     servers = commands(args)
     best: Results = {name: {} for name in servers}
+    with tempfile.TemporaryDirectory() as directory:
+        for name, command in servers.items() if args.starts else ():
+            for start in ("first", "second"):
+                began = time.monotonic()
+                with served(command, VLLM_CACHE_ROOT=f"{directory}/{name}"):
+                    best[name][f"start_s/{start}"] = time.monotonic() - began
     for seed in range(args.rounds):
         for name, command in servers.items():
             with served(command) as (url, model):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lola_vllm.memory.documents.words import WordIndex, fuse
+from lola_vllm.memory.documents.words import WordIndex, by_rank, fuse
 
 MAX_SENTENCE = 500  # characters that are shown
 PASSAGE_CHARS = 400  # of a sentence and its neighbours, some 100 tokens
@@ -44,8 +44,7 @@ def passage_of(text: str, read: Sequence[int], question: str) -> Passage:
         for at in read
     ]
     words = WordIndex([text[a:b] for a, b in spans])
-    heads = {index: 1 / rank for rank, index in enumerate(dict.fromkeys(by_heads), start=1)}
-    order = fuse([heads, words.find(question, _BY_WORDS)])
+    order = fuse([by_rank(by_heads), by_rank(words.find(question, _BY_WORDS))])
     index = order[0] if order else 0
     start, end = spans[index]
     if end - start > MAX_SENTENCE:

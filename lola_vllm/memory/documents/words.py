@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -44,6 +44,11 @@ class WordIndex:
         scores = self.scores(question)
         order = np.argsort(-scores, kind="stable")[:top]
         return {int(index): float(scores[index]) for index in order if scores[index] > 0}
+
+
+def by_rank(order: Iterable[int]) -> dict[int, float]:
+    """Scores of what has none, the best first: those of reciprocal rank fusion."""
+    return {index: 1 / (60 + rank) for rank, index in enumerate(dict.fromkeys(order), start=1)}
 
 
 def fuse(found: Sequence[Mapping[int, float]]) -> list[int]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lola_vllm.memory.documents.words import WordIndex, fuse
+from lola_vllm.memory.documents.words import WordIndex, by_rank, fuse
 
 TEXTS = [
     "The pump of hall 2 starts at noon.",
@@ -32,3 +32,8 @@ def test_what_is_found_clearly_outweighs_what_is_found_among_many_alike():
     assert fuse([alike, {}]) == [3, 1, 2]
     assert fuse([{0: 0.0, 1: 0.0}, {1: 2.0}]) == [1, 0]
     assert fuse([{0: 1.0}, {1: 1.0}]) == [0, 1]
+
+
+def test_orders_without_scores_are_fused_by_ranks():
+    assert fuse([by_rank([3, 1, 2]), by_rank([2, 4])]) == [2, 3, 1, 4]
+    assert fuse([by_rank([3, 1, 3, 2]), by_rank([])]) == [3, 1, 2]
