@@ -10,14 +10,14 @@ import ctypes
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from lola_vllm.core import cpu
 
 PROBE_LIMIT_S = 180
 
@@ -127,27 +127,22 @@ def check_python() -> Iterator[Finding]:
     """The interpreter, and what compiling against it needs."""
     also = "" if sys.version_info[:2] == (3, 11) else " (3.11 is what is tested)"
     yield Finding("ok", "Python", platform.python_version() + also)
-    short = f"{sys.version_info.major}.{sys.version_info.minor}"
-    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
-        yield Finding(
-            "note",
-            "Python.h",
-            "not found, so torch.compile cannot work when a server starts",
-            f"apt-get install python{short}-dev, or serve with --enforce-eager",
-        )
 
 
 def check_system(probe: Probe) -> Iterator[Finding]:
     """Libraries and programs from outside Python."""
     if sys.platform != "linux":
         yield Finding("fault", "system", f"{sys.platform}; vLLM runs on Linux", "use Linux")
-    compiler = os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]
-    if not any(map(shutil.which, compiler)):
+    remedies = {
+        "Python.h": f"apt-get install python{sys.version_info.major}.{sys.version_info.minor}-dev",
+        "a C++ compiler": "apt-get install g++",
+    }
+    for missing in cpu.missing_for_compiling():
         yield Finding(
             "note",
-            "C++ compiler",
-            "none found, so torch.compile cannot work on a CPU and the C++ ops cannot be built",
-            "apt-get install g++, or serve with --enforce-eager",
+            missing,
+            "not found, so torch.compile cannot work on a CPU, and the C++ ops cannot be built",
+            f"{remedies[missing]}, or serve with --enforce-eager",
         )
     if probe.facts.get("cuda") is None:
         try:

@@ -1,4 +1,4 @@
-"""What the CPU is, and the dtype in which it multiplies fast.
+"""What the CPU is, the dtype in which it multiplies fast, and whether torch can compile for it.
 
 `lola-vllm serve`, plain `vllm serve`, evaluations and the doctor all use these functions. Imports
 neither torch nor vLLM.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ ISA_ENV = "LOLA_VLLM_CPU_ISA"
 # CPU flags of x86 and Arm, as the Linux kernel names them. Without one of them, products in
 # bfloat16 need conversions and take several times as long as in float32.
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
+COMPILERS = ("c++", "g++", "clang++")
 # Values of LOLA_VLLM_CPU_ISA for a CPU without these flags.
 _WITHOUT = ("baseline", "avx2", "avx512")
 
@@ -29,8 +32,7 @@ def bfloat16_flag(env: Mapping[str, str] = os.environ) -> str | None:
     """
     if env.get(ISA_ENV) in _WITHOUT:
         return None
-    flags = _flags()
-    return next((flag for flag in BFLOAT16_FLAGS if flag in flags), None)
+    return next((flag for flag in BFLOAT16_FLAGS if flag in flags()), None)
 
 
 def preferred_dtype(config: Mapping[str, Any], env: Mapping[str, str] = os.environ) -> str | None:
@@ -47,7 +49,16 @@ def preferred_dtype(config: Mapping[str, Any], env: Mapping[str, str] = os.envir
         return None
     if bfloat16_flag(env):
         return "bfloat16"
-    return "float32" if env.get(ISA_ENV) in _WITHOUT or _flags() else None
+    return "float32" if env.get(ISA_ENV) in _WITHOUT or flags() else None
+
+
+def missing_for_compiling(env: Mapping[str, str] = os.environ) -> list[str]:
+    """What torch.compile needs on a CPU and this machine lacks."""
+    found = {
+        "Python.h": (Path(sysconfig.get_path("include")) / "Python.h").is_file(),
+        "a C++ compiler": any(map(shutil.which, env.get("CXX", "").split()[:1] or COMPILERS)),
+    }
+    return [name for name, there in found.items() if not there]
 
 
 def name() -> str:
@@ -55,7 +66,7 @@ def name() -> str:
     return _fact("model name") or platform.processor() or platform.machine()
 
 
-def _flags() -> frozenset[str]:
+def flags() -> frozenset[str]:
     """Features of the first CPU; empty where the system does not tell."""
     return frozenset(_fact("flags", "Features").split())
 

@@ -6,8 +6,10 @@ from functools import cache
 import pytest
 import torch
 from vllm import SamplingParams, TokensPrompt
+from vllm.compilation.counter import compilation_counter
 
 from lola_vllm.engine.vllm.attention import OP
+from tests.engine.test_sessions import store_options
 from tests.support.engine import (
     GREEDY,
     engine,
@@ -153,8 +155,14 @@ def test_serving_changes_nothing(make, expected, name, options, happens):
 
 
 @pytest.mark.slow
-def test_a_compiled_model_does_the_same(make, expected):
+def test_a_compiled_model_does_the_same(make, expected, monkeypatch, tmp_path):
+    """And so does what the next start loads, wherever that stores states."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    wanted = expected("shifting")[0]
     options = {"max_num_seqs": 6, "max_num_batched_tokens": 48, "enforce_eager": False}
-    with engine(make("shifting"), **options) as llm:
-        assert OP in llm.llm_engine.vllm_config.compilation_config.splitting_ops
-        assert generate(llm, prompts_of("shifting"), NEW) == expected("shifting")[0]
+    for loaded, directory in enumerate((None, tmp_path / "states")):
+        before = compilation_counter.num_aot_artifacts_loaded
+        with engine(make("shifting"), **options, **store_options(directory)) as llm:
+            assert OP in llm.llm_engine.vllm_config.compilation_config.splitting_ops
+            assert generate(llm, prompts_of("shifting"), NEW) == wanted
+        assert compilation_counter.num_aot_artifacts_loaded == before + loaded

@@ -53,6 +53,6 @@ NOT_COMPILED = {"TORCHDYNAMO_DISABLE": "1"}
 def keyless_serving(model: Path, log: Path) -> AbstractContextManager[Server]:
     """`lola-vllm serve` of a tiny model, without keys."""
     command = [str(BIN / "lola-vllm"), "serve", str(model), "--dtype", "float32",
-               "--max-num-seqs", "16", "--max-num-batched-tokens", "256",
+               "--enforce-eager", "--max-num-seqs", "16", "--max-num-batched-tokens", "256",
                "--max-model-len", "2048"]  # fmt: skip
     return serving(log, command, **NOT_COMPILED)

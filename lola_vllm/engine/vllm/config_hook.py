@@ -306,8 +306,9 @@ def announce_compiling(vllm_config: VllmConfig) -> None:
     """A word before the longest part of a start, during which nothing is printed."""
     if not vllm_config.model_config.enforce_eager:
         logger.info(
-            "torch.compile runs before the server answers: a minute or more without output, less "
-            "when its cache is there; --enforce-eager starts without it, and decodes more slowly"
+            "torch.compile runs before the server answers: a minute or more without output at the "
+            "first start, seconds at later ones; --enforce-eager starts without it, and decodes "
+            "more slowly"
         )
 
 

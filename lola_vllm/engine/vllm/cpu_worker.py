@@ -9,17 +9,24 @@ when vLLM does the same. `config_hook` chooses this class, as `--worker-cls` wou
 With prefix caching vLLM 0.32 moves the states of accepted drafts by Triton kernels, which a CPU
 lacks. A LoLA state needs no moves. vLLM's n-grams run in numba, whose OpenMP layer would change how
 many threads torch has.
+
+vLLM 0.32 stores what torch.compile made, and on a CPU fails to load it at the next start, since it
+calls a method that only the compiler of its GPU engines has. It then compiles again.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from lola_vllm.core import cpu
 from lola_vllm.engine.vllm.cpu_norms import prefer_cpp_norms
+from lola_vllm.memory.sessions.settings import STORE_KEY
 
 
 class LolaCPUModelRunner(CPUModelRunner):
@@ -56,12 +63,42 @@ class LolaCPUModelRunner(CPUModelRunner):
             self.input_batch.generators = generators
 
 
+@functools.cache
+def load_what_was_compiled() -> None:
+    """Let vLLM load compiled code that has no `finalize_loading`, which is ready as it is."""
+    load: Any = torch.compiler.load_compiled_function
+
+    @functools.wraps(load)
+    def loaded(*args: Any, **kwargs: Any) -> Any:
+        found = load(*args, **kwargs)
+        compiled = found._artifacts.compiled_fn
+        if not hasattr(compiled, "finalize_loading"):
+            compiled.finalize_loading = lambda vllm_config: None
+        return found
+
+    torch.compiler.load_compiled_function = loaded
+
+
+def name_compiled_code(vllm_config: VllmConfig) -> None:
+    """Let the name of stored code say the CPU, for which it is, and not where states are stored.
+
+    vLLM's name has `additional_config`. The connector has the store's settings already.
+    """
+    given = vllm_config.additional_config
+    if isinstance(given, dict):
+        others = {key: value for key, value in given.items() if key != STORE_KEY}
+        vllm_config.additional_config = {**others, "cpu": sorted(cpu.flags())}
+
+
 class LolaCPUWorker(CPUWorker):
-    """A CPU worker with that runner and those norms."""
+    """A CPU worker with that runner, and those norms or that compiled code."""
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         if vllm_config.model_config.enforce_eager:
             prefer_cpp_norms(vllm_config.kernel_config.ir_op_priority)
+        else:
+            load_what_was_compiled()
+            name_compiled_code(vllm_config)
         super().__init__(vllm_config, *args, **kwargs)
 
     def init_device(self) -> None:

@@ -143,11 +143,11 @@ def test_system_without_libraries(monkeypatch):
         raise OSError(name)
 
     monkeypatch.setattr(doctor.ctypes, "CDLL", missing)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda name: "/nowhere")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "/nowhere")
     found = [*doctor.check_python(), *doctor.check_system(Probe(HEALTHY, ""))]
     assert [(f.level, f.subject) for f in found[1:]] == [
-        ("note", "Python.h"), ("note", "C++ compiler"), ("fault", "libnuma"),
+        ("note", "Python.h"), ("note", "a C++ compiler"), ("fault", "libnuma"),
     ]  # fmt: skip
     assert all(f.remedy for f in found[1:])
 

@@ -34,7 +34,7 @@ def model(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def cpu_with_bfloat16(monkeypatch):
     """The machine of these tests has bfloat16 instructions, whatever this one has."""
-    monkeypatch.setattr(launch.cpu, "_flags", lambda: frozenset({"avx2", "avx512_bf16"}))
+    monkeypatch.setattr(launch.cpu, "flags", lambda: frozenset({"avx2", "avx512_bf16"}))
 
 
 def plan(model, options=(), machine=CPU, env=None) -> Launch:
@@ -53,6 +53,7 @@ CACHING = (
 )  # fmt: skip
 COMPILING = ("--no-enforce-eager", "--enforce-eager", "-pp=2", "-O1", "--compilation-config={}",
              "-cc.mode=3")  # fmt: skip
+NO_COMPILER = {"CXX": "none-such"}
 BUSY = Machine("cpu", 2, busy=0.5)
 WAITS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
@@ -81,9 +82,11 @@ WAITS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
         ("--dtype", None, "--dtype=half", CPU, AVX2),
         ("--dtype", None, "--quantization=awq", CPU, AVX2),
         ("--dtype", None, "", GPU, AVX2),
-        ("--enforce-eager", "", "", CPU, {}),
-        ("--enforce-eager", None, "", GPU, {}),
-        *(("--enforce-eager", None, given, CPU, {}) for given in COMPILING),
+        # It compiles as vLLM does, where that can be.
+        ("--enforce-eager", None, "", CPU, {}),
+        ("--enforce-eager", "", "", CPU, NO_COMPILER),
+        ("--enforce-eager", None, "", GPU, NO_COMPILER),
+        *(("--enforce-eager", None, given, CPU, NO_COMPILER) for given in COMPILING),
         # It listens on this machine alone, unless told.
         ("--host", "127.0.0.1", "", CPU, {}),
         ("--host", None, "--host=0.0.0.0", CPU, {}),
