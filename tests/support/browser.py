@@ -147,7 +147,8 @@ def chromium() -> Iterator[Browser]:
     try:
         assert driver.stdout is not None
         started = (re.search(r"successfully on port (\d+)", line) for line in driver.stdout)
-        port = next(found[1] for found in started if found)
+        port = next((found[1] for found in started if found), None)
+        assert port, "chromedriver did not start"
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
             browser = Browser(client)
             try:

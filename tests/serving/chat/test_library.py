@@ -18,8 +18,8 @@ NAME = "recalled-on-the-page"
 @pytest.fixture
 def browser(tiny):
     ok(add(tiny, "chatted", "garden.txt", GARDEN, replace=True))
-    ok(tiny.client.post(f"{BASE}/{NAME}/append", json={"prompt": TEXT}))
     with chromium() as running:
+        ok(tiny.client.post(f"{BASE}/{NAME}/append", json={"prompt": TEXT}))
         running.open(f"{tiny.url}/#{NAME}")
         running.type("#key", KEY)
         running.keys(TAB)

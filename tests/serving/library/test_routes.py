@@ -154,7 +154,8 @@ def sizes(server: Server, library: str, document: str = "one") -> list[int]:
 
 
 # So long that it is still being read when the next request comes.
-LONG = {"document": "one", "text": GARDEN * 10, "part_tokens": 240, "replace": True, "stream": True}
+# So long that a fast machine still adds it when the next request comes.
+LONG = {"document": "one", "text": GARDEN * 60, "part_tokens": 240, "replace": True, "stream": True}
 
 
 def test_a_document_stays_until_the_new_one_is_whole(tiny):
