@@ -219,7 +219,8 @@ def _quick(
         chosen.append(ChosenOption("--dtype", dtype, reason))
     missing = cpu.missing_for_compiling(env)
     if missing and not named & _OF_COMPILING:
-        reason = f"torch.compile, which decodes up to two fifths faster, needs {missing[0]}"
+        needed = next(iter(missing))
+        reason = f"torch.compile, which decodes up to two fifths faster, needs {needed}"
         chosen.append(ChosenOption("--enforce-eager", "", reason))
     return chosen
 

@@ -124,7 +124,7 @@ def run_probe(code: str = _PROBE) -> Probe:
 
 
 def check_python() -> Iterator[Finding]:
-    """The interpreter, and what compiling against it needs."""
+    """The interpreter."""
     also = "" if sys.version_info[:2] == (3, 11) else " (3.11 is what is tested)"
     yield Finding("ok", "Python", platform.python_version() + also)
 
@@ -133,16 +133,12 @@ def check_system(probe: Probe) -> Iterator[Finding]:
     """Libraries and programs from outside Python."""
     if sys.platform != "linux":
         yield Finding("fault", "system", f"{sys.platform}; vLLM runs on Linux", "use Linux")
-    remedies = {
-        "Python.h": f"apt-get install python{sys.version_info.major}.{sys.version_info.minor}-dev",
-        "a C++ compiler": "apt-get install g++",
-    }
-    for missing in cpu.missing_for_compiling():
+    for missing, package in cpu.missing_for_compiling().items():
         yield Finding(
             "note",
             missing,
             "not found, so torch.compile cannot work on a CPU, and the C++ ops cannot be built",
-            f"{remedies[missing]}, or serve with --enforce-eager",
+            f"apt-get install {package}, or serve with --enforce-eager",
         )
     if probe.facts.get("cuda") is None:
         try:

@@ -32,7 +32,8 @@ def bfloat16_flag(env: Mapping[str, str] = os.environ) -> str | None:
     """
     if env.get(ISA_ENV) in _WITHOUT:
         return None
-    return next((flag for flag in BFLOAT16_FLAGS if flag in flags()), None)
+    known = flags()
+    return next((flag for flag in BFLOAT16_FLAGS if flag in known), None)
 
 
 def preferred_dtype(config: Mapping[str, Any], env: Mapping[str, str] = os.environ) -> str | None:
@@ -52,13 +53,14 @@ def preferred_dtype(config: Mapping[str, Any], env: Mapping[str, str] = os.envir
     return "float32" if env.get(ISA_ENV) in _WITHOUT or flags() else None
 
 
-def missing_for_compiling(env: Mapping[str, str] = os.environ) -> list[str]:
-    """What torch.compile needs on a CPU and this machine lacks."""
-    found = {
-        "Python.h": (Path(sysconfig.get_path("include")) / "Python.h").is_file(),
-        "a C++ compiler": any(map(shutil.which, env.get("CXX", "").split()[:1] or COMPILERS)),
-    }
-    return [name for name, there in found.items() if not there]
+def missing_for_compiling(env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What torch.compile needs on a CPU and this machine lacks, each with its package in Debian."""
+    missing = {}
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        missing["Python.h"] = f"python{sysconfig.get_python_version()}-dev"
+    if not any(map(shutil.which, env.get("CXX", "").split()[:1] or COMPILERS)):
+        missing["a C++ compiler"] = "g++"
+    return missing
 
 
 def name() -> str:

@@ -59,8 +59,8 @@ def _recall(parser: argparse.ArgumentParser) -> None:
         f"(default: {_list(LENGTHS)})"
     )  # fmt: skip
     add(
-        "--samples", type=at_least(1), default=50, metavar="N", help="per task and length "
-        "(default: %(default)s)"
+        "--samples", type=at_least(1), default=RecallPlan.samples, metavar="N", help="per task and "
+        "length (default: %(default)s)"
     )  # fmt: skip
     add(
         "--texts", metavar="PATH", help="real text, for tasks that hide something in prose or "
@@ -104,8 +104,8 @@ def _copy(parser: argparse.ArgumentParser) -> None:
         f"holds (default: {_list(copying.DISTANCES)})"
     )  # fmt: skip
     add(
-        "--samples", type=at_least(1), default=4, metavar="N", help="texts of each kind and "
-        "length, at most (default: %(default)s)"
+        "--samples", type=at_least(1), default=CopyPlan.samples, metavar="N", help="texts of each "
+        "kind and length, at most (default: %(default)s)"
     )  # fmt: skip
 
     def run(args: argparse.Namespace) -> int:
@@ -119,12 +119,12 @@ def _perplexity(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--texts", required=True, metavar="PATH", help=f"{TEXTS}; each file is a kind")
     add(
-        "--windows", type=at_least(1), default=16, metavar="N", help="per kind of text, at most "
-        "(default: %(default)s)"
+        "--windows", type=at_least(1), default=PerplexityPlan.windows, metavar="N", help="per kind "
+        "of text, at most (default: %(default)s)"
     )  # fmt: skip
     add(
-        "--window-length", type=at_least(8), default=1024, metavar="N", help="in tokens (default: "
-        "%(default)s)"
+        "--window-length", type=at_least(8), default=PerplexityPlan.window_length, metavar="N",
+        help="in tokens (default: %(default)s)"
     )  # fmt: skip
     group = parser.add_argument_group("one long text instead of windows")
     group.add_argument(
