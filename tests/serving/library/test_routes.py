@@ -153,7 +153,6 @@ def sizes(server: Server, library: str, document: str = "one") -> list[int]:
     return [part["tokens"] for part in one["parts"]]
 
 
-# So long that it is still being read when the next request comes.
 # So long that a fast machine still adds it when the next request comes.
 LONG = {"document": "one", "text": GARDEN * 60, "part_tokens": 240, "replace": True, "stream": True}
 
@@ -163,7 +162,8 @@ def test_a_document_stays_until_the_new_one_is_whole(tiny):
     before = sizes(tiny, "anew")
     where = f"{BASE}/anew/documents"
     with tiny.client.stream("POST", where, json=LONG) as stream:
-        next(stream.iter_lines())
+        lines = stream.iter_lines()  # httpx closes the connection with it
+        next(lines)
         refused(add(tiny, "anew", "one", HARBOUR, replace=True), 409, "is adding it to 'anew'")
         assert sizes(tiny, "anew") == before  # and the client leaves
     deadline = time.monotonic() + 60
