@@ -118,7 +118,8 @@ def test_one_request_at_a_time_writes_a_session_until_its_client_leaves(tiny):
         name = f"left{attempt}"
         ok(post(tiny, f"{name}/append", prompt=TEXT))
         with tiny.client.stream("POST", f"{BASE}/{name}/chat", json=body) as lines:
-            next(lines.iter_lines())
+            words = lines.iter_lines()  # httpx closes the connection with it
+            next(words)
             second = post(tiny, f"{name}/append", prompt="x")
             ok(post(tiny, f"{name}/fork", to=f"meanwhile{attempt}"))
         if second.is_error:
