@@ -73,15 +73,18 @@ struct PageLayout {
     return evicted < sparse_cache_size ? evicted : sparse_cache_size;
   }
 
-  // Pairs of a sparse set that are in H and s after n tokens.
+  // Pairs of a sparse set that are in H and s after n tokens. Without features (F = 0) there is no
+  // H, and they are dropped.
   LOLA_HOST_DEVICE int64_t num_folded(int64_t n) const {
     const int64_t folded = window_start(n) - sink_size - sparse_cache_size;
-    return folded > 0 ? folded : 0;
+    return folded > 0 && feature_dim > 0 ? folded : 0;
   }
 
-  // Whether the n-th token is followed by an update that evicts anything.
+  // Whether the n-th token is followed by an update that evicts anything. A sliding layer, without
+  // H and sparse pairs, drops what leaves its window.
   LOLA_HOST_DEVICE bool update_due(int64_t n) const {
-    return n % update_interval == 0 && window_start(n) > window_start(n - update_interval);
+    return (feature_dim > 0 || sparse_cache_size > 0) && n % update_interval == 0 &&
+           window_start(n) > window_start(n - update_interval);
   }
 
   // Keys and rows of H that a decode step of a set reads, at most.

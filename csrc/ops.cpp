@@ -39,13 +39,14 @@ TokenRows check_tokens(const Tensor& t, const char* name, std::initializer_list<
   return rows;
 }
 
-// The part of a call for page `i`: its heads of tokens and weights.
-Call part_of(const Call& all, const PageLayout& layout, int64_t i) {
+// The part of a call for page `i`: its heads of tokens and weights. Maps have `map_columns`
+// columns, also those of heads without a hidden state.
+Call part_of(const Call& all, const PageLayout& layout, int64_t i, int64_t map_columns) {
   const auto heads_of = [&](TokenRows rows, int64_t heads) {
     rows.data += i * heads * rows.head_stride;
     return rows;
   };
-  const int64_t size = size_of(layout.state_dtype), map = layout.head_dim * layout.feature_dim;
+  const int64_t size = size_of(layout.state_dtype), map = layout.head_dim * map_columns;
   const auto weights_of = [&](const void* weights, int64_t numbers) -> const void* {
     if (weights == nullptr) return nullptr;  // a layer may have no importance
     return static_cast<const char*>(weights) + i * numbers * size;
@@ -92,7 +93,9 @@ std::vector<Call> check_cpu_call(const LayerTensors& t, const Tensor& state_indi
                call.state_indices[row], ", but there are ", pages.size(0), " pages");
   }
   std::vector<Call> calls;
-  for (int64_t i = 0; i < layouts.count; ++i) calls.push_back(part_of(call, layouts.first[i], i));
+  for (int64_t i = 0; i < layouts.count; ++i) {
+    calls.push_back(part_of(call, layouts.first[i], i, t.feature_map_q.size(2)));
+  }
   return calls;
 }
 

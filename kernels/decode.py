@@ -26,6 +26,7 @@ from lola_vllm.kernels.layer import (
     MIN_DOT,
     exact_of,
     exact_row,
+    features_of,
     h_of,
     layer_shape,
     map_of,
@@ -161,7 +162,8 @@ def decode_kernel(
     y_lin = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     log_D = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     linear_here = part == (splits if SPLIT else 0)
-    if linear_here & (first - SHAPE.SINK_SIZE > lam):  # something was folded in before this token
+    # Whether something was folded in before this token.
+    if linear_here & (first - SHAPE.SINK_SIZE > lam) & (features_of(group_at) > 0):
         feats = tl.arange(0, BLOCK_F)
         feat_ok = feats < F
         w_ok = col_ok[:, None] & feat_ok[None, :]

@@ -33,6 +33,7 @@ from lola_vllm.kernels.layer import (
     RECENT_SIZE,
     SCORE_WEIGHTS,
     entries_of,
+    features_of,
     first_key_map,
     h_of,
     map_of,
@@ -62,7 +63,7 @@ def score_tile(
     first_map = first_key_map(n, SHAPE)
     k, v = gather_pairs(pairs_at, e, ok, start, lam, cols, SHAPE)
     # Before the first fold H and s are leftovers, and count as zero.
-    num_features = tl.where(start - SHAPE.SINK_SIZE > lam, SHAPE.FEATURE_DIM, 0)
+    num_features = tl.where(start - SHAPE.SINK_SIZE > lam, features_of(group_at), 0)
     if SHAPE.HAS_SCORE_WEIGHTS:  # before the loop, for fewer registers in it
         weight = candidate_importance(
             ws_ptr, entries_of(page_at, group_at, SCORE_WEIGHTS, own_set, lam), k, v,
@@ -176,9 +177,11 @@ def fold_set(
     first_map = first_key_map(n, SHAPE)
     # Before the first fold H and s are leftovers, and count as zero.
     live = feats < tl.where(start - SHAPE.SINK_SIZE > lam, F, 0)
-    # Two halves of the features for each state head, so that a half of H fits registers.
+    # Two halves of the features for each state head, so that a half of H fits registers. Without a
+    # hidden state the others are dropped.
+    folds = (num_folded > 0) & (features_of(group_at) > 0)
     for half in tl.range(
-        0, tl.where(num_folded > 0, 2 * SHAPE.STATES_PER_SET, 0), num_stages=1, disable_licm=True
+        0, tl.where(folds, 2 * SHAPE.STATES_PER_SET, 0), num_stages=1, disable_licm=True
     ):
         sign = 1.0 - 2.0 * (half % 2)
         w_at = map_of(wk_ptr, first_map + sparse_head * SHAPE.STATES_PER_SET + half // 2, SHAPE)

@@ -34,6 +34,7 @@ NUM_FIELDS = tl.constexpr(len(TABLE_FIELDS))
 GROUP_KV_HEADS = tl.constexpr(TABLE_FIELDS.index("num_kv_heads"))
 SPARSE_SIZE = tl.constexpr(TABLE_FIELDS.index("sparse_cache_size"))
 RECENT_SIZE = tl.constexpr(TABLE_FIELDS.index("recent_size"))
+NUM_FEATURES = tl.constexpr(TABLE_FIELDS.index("feature_dim"))
 PART_H = tl.constexpr(TABLE_FIELDS.index("H"))
 PART_S = tl.constexpr(TABLE_FIELDS.index("s"))
 POSITIONS = tl.constexpr(TABLE_FIELDS.index("positions"))
@@ -53,7 +54,8 @@ class LayerShape(NamedTuple):
     no plain int there.
 
     Attributes:
-        WINDOW_SIZE, UPDATE_INTERVAL, SINK_SIZE, HEAD_DIM, FEATURE_DIM: as in `StateLayout`.
+        WINDOW_SIZE, UPDATE_INTERVAL, SINK_SIZE, HEAD_DIM: as in `StateLayout`.
+        FEATURE_DIM: F of the layer's maps, also where groups have no hidden state.
         NUM_HEADS, NUM_KV_HEADS, NUM_STATE_HEADS, NUM_SPARSE_HEADS: of the layer.
         HAS_SCORE_WEIGHTS, INT8_PAIRS: as in `StateLayout`, 1 or 0.
         KV_TYPE: of keys and values.
@@ -91,7 +93,7 @@ def layer_shape(layout: LayerLayout, num_heads: int, rotated_map_after: int = NE
     Args:
         num_heads: Hq of the layer. rotated_map_after: see `LayerShape`.
     """
-    page = layout.pages[0]
+    page, feature_dim = layout.pages[0], max(page.feature_dim for page in layout.pages)
     num_sets = sum(page.num_sparse_heads for page in layout.pages)
     return LayerShape(
         WINDOW_SIZE=page.window_size,
@@ -102,7 +104,7 @@ def layer_shape(layout: LayerLayout, num_heads: int, rotated_map_after: int = NE
         NUM_STATE_HEADS=layout.num_state_heads,
         NUM_SPARSE_HEADS=num_sets,
         HEAD_DIM=page.head_dim,
-        FEATURE_DIM=page.feature_dim,
+        FEATURE_DIM=feature_dim,
         HAS_SCORE_WEIGHTS=int(page.has_score_weights),
         INT8_PAIRS=int(page.int8_pairs),
         KV_TYPE=DTYPES[page.kv_dtype],
@@ -111,7 +113,7 @@ def layer_shape(layout: LayerLayout, num_heads: int, rotated_map_after: int = NE
         STATES_PER_SET=layout.num_state_heads // num_sets,
         SETS_PER_KV_HEAD=num_sets // layout.num_kv_heads,
         BLOCK_D=max(MIN_DOT, triton.next_power_of_2(page.head_dim)),
-        BLOCK_F=max(MIN_DOT, triton.next_power_of_2(page.feature_dim)),
+        BLOCK_F=max(MIN_DOT, triton.next_power_of_2(feature_dim)),
     )
 
 
@@ -136,6 +138,12 @@ def part_of(page_at, group_at, PART: tl.constexpr, TYPE: tl.constexpr):
 def num_entries(group_at):
     """Entries of each sparse set of a group, lam."""
     return tl.load(group_at + SPARSE_SIZE).to(tl.int32)
+
+
+@triton.jit
+def features_of(group_at):
+    """F of a group; 0 where it has no hidden state."""
+    return tl.load(group_at + NUM_FEATURES).to(tl.int32)
 
 
 @triton.jit

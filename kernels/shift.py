@@ -30,6 +30,7 @@ from lola_vllm.kernels.layer import (
     SPARSE_K_SCALE,
     entries_of,
     exact_of,
+    features_of,
     h_of,
     layer_shape,
     num_entries,
@@ -154,7 +155,6 @@ def shift_kernel(
     table `[layers * Hkv, NUM_FIELDS + 1]`: of `head_table`. No program reads what another writes.
     """
     D: tl.constexpr = SHAPE.HEAD_DIM
-    F: tl.constexpr = SHAPE.FEATURE_DIM
     RING: tl.constexpr = SHAPE.RING_SIZE
     STATES: tl.constexpr = SHAPE.STATES_PER_SET * SHAPE.SETS_PER_KV_HEAD
     row = tl.program_id(1).to(tl.int64)
@@ -202,6 +202,7 @@ def shift_kernel(
                 w = tl.load(at, mask=e < lam, other=0.0)
                 tl.store(at, w * factor, mask=e < lam)
 
+    F = features_of(group_at)
     for i in range(STATES):
         head = kv_head * STATES + i
         h_at, s_at = h_of(page_at, group_at, head, SHAPE), s_of(page_at, group_at, head, SHAPE)

@@ -237,7 +237,7 @@ class Head(BaseModel):
     """What one sparse set holds, and how full it is.
 
     Attributes:
-        sparse_cache_size: pairs that it can hold. folded: tokens in its hidden state.
+        sparse_cache_size: pairs that it can hold. folded: tokens in its hidden state, if any.
         positions: of the tokens that it holds, ascending. errors: their self-recall errors.
         score_weights: importance times decay, which multiply each error in the choice; null where
             nothing does.

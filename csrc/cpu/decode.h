@@ -80,9 +80,7 @@ struct DecodeItem {
   int64_t set, n;
 
   // Whether queries see pairs of the hidden state.
-  bool recalls() const {
-    return !page.is_padding() && page.layout->feature_dim > 0 && page.layout->num_folded(n - 1) > 0;
-  }
+  bool recalls() const { return !page.is_padding() && page.layout->num_folded(n - 1) > 0; }
 };
 
 constexpr int kSegments = 5;
@@ -324,10 +322,7 @@ void decode_item(const Call& call, const DecodeItem& item, const T* phi, DecodeW
     copy_bytes(item.page.exact_k(kv, row), fresh.k, fresh.row_bytes);
     copy_bytes(item.page.exact_v(kv, row), fresh.v, fresh.row_bytes);
   }
-  // A sliding layer (F = 0) drops what leaves its window. GPUs serve it by torch's attention.
-  if (layout.feature_dim > 0 && layout.update_due(item.n)) {
-    update<T>(call, {item.page, item.set, item.n}, x.update);
-  }
+  if (layout.update_due(item.n)) update<T>(call, {item.page, item.set, item.n}, x.update);
 }
 
 // Item i of a step: rows in order, of each one its sets. What a page holds of these lies side by

@@ -271,7 +271,8 @@ void decide_update(const Call& call, const UpdatePoint& at, UpdateWorkspace<T>& 
   }
   if (c.layout.has_score_weights && size > 0) find_importance(call, c, x);
   if (c.count > size) {
-    if (x.keeps_features) {
+    const bool maps = c.layout.feature_dim > 0;
+    if (maps && x.keeps_features) {
       for (int64_t i = x.features.known; i < c.count; ++i) {
         x.order[i - x.features.known] = static_cast<int32_t>(i);
       }
@@ -279,7 +280,7 @@ void decide_update(const Call& call, const UpdatePoint& at, UpdateWorkspace<T>& 
       x.features.known = c.count;
     }
     const int64_t old = list_old(c, x);
-    if (!x.keeps_features) {
+    if (maps && !x.keeps_features) {
       map_listed(call, c, x.order, old, x.recall, kUpdateBlock, x.features);
     }
     if (size > 0) score_needed(c, old, x);
@@ -291,11 +292,13 @@ void decide_update(const Call& call, const UpdatePoint& at, UpdateWorkspace<T>& 
   }
 }
 
-// Carries out what decide_update() found at the same point.
+// Carries out what decide_update() found at the same point. Without features nothing is folded.
 template <typename T>
 void commit_update(const UpdatePoint& at, UpdateWorkspace<T>& x) {
   const Candidates c(at);
-  for (int64_t j = 0; x.num_folded > 0 && j < c.layout.states_per_set(); ++j) {
+  const int64_t states =
+      x.num_folded > 0 && c.layout.feature_dim > 0 ? c.layout.states_per_set() : 0;
+  for (int64_t j = 0; j < states; ++j) {
     fold(c, j, at.n / c.layout.update_interval, x);
   }
   replace(c, x);

@@ -177,6 +177,7 @@ void decode(const Tensor& pages, const Tensor& layout, const Tensor& device_layo
              "layout: keys and values must be float32, bfloat16 or float16, and H and s float32");
   Params p;
   p.layout = x;
+  p.layout.feature_dim = feature_map_q.size(2);  // the first group may have no hidden state
   p.table = device_table(device_layout, layouts.count);
   p.num_groups = static_cast<int>(layouts.count);
   p.q = tokens(q, "q");

@@ -39,7 +39,8 @@ struct Indices {
 // The argument of every kernel, passed by value: a captured graph holds all of it but the table,
 // which lies in device memory because a layer may have any number of groups.
 struct Params {
-  PageLayout layout;        // of the first group; what groups differ in is read of the table
+  PageLayout layout;        // of the first group, with the maps' feature_dim; what groups differ in
+                            // is read of the table
   const PageLayout* table;  // [num_groups], in device memory
   int num_groups;
   TokenView q, k, v, out;
@@ -124,6 +125,8 @@ struct Group : Params {
   }
 
   LOLA_DEVICE int sparse_cache_size() const { return static_cast<int>(layout.sparse_cache_size); }
+  // Whether pages have H and s; layout.feature_dim is that of the layer's maps.
+  LOLA_DEVICE bool has_state() const { return number(&PageLayout::feature_dim) > 0; }
   // Whether a page keeps a weight of each sparse pair's score.
   LOLA_DEVICE bool weighted() const {
     return layout.has_score_weights != 0 && layout.sparse_cache_size > 0;
@@ -206,7 +209,7 @@ struct Group : Params {
   // --- what a token count says ---
 
   // Whether something was folded into H and s before there were more than n tokens.
-  LOLA_DEVICE bool any_folded(int64_t n) const { return layout.num_folded(n) > 0; }
+  LOLA_DEVICE bool any_folded(int64_t n) const { return layout.num_folded(n) > 0 && has_state(); }
 
  private:
   template <typename T>

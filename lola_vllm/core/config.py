@@ -26,12 +26,14 @@ from lola_vllm.core.model_types import (
     base_type_of,
     windows_of,
 )
-from lola_vllm.core.sizes import Sizes, of_layer, read_sizes
+from lola_vllm.core.sizes import Flags, Sizes, of_layer, read_flags, read_sizes
 
 ENDLESS_LENGTH = 131_072  # tokens; 160 MiB of token ids for vLLM's 256 sequences
 
 _FACTS, _LOLA = "_lola_facts", "_lola"  # names of attributes that are no part of a file
 _DERIVED = ("model_type", "base_model_type", "qkv_bias", "qk_norm")  # told by the class
+# What can differ from KV head to KV head.
+HEAD_KEYS = ("sparse_cache_size", "recent_size", "hidden_state")
 SEVERAL_TABLES = ("dynamic", "longrope")  # types of RoPE with a table by the length of a context
 
 
@@ -56,6 +58,9 @@ class LolaConfig(BaseModel):
             recalls (>= 0; all where there are fewer). They let a model go on word by word with
             what it read last, and need no scores. They leave less room for what is older. A number
             or a list as there; 0 is the paper.
+        hidden_state: whether a head has a hidden state. Without one it forgets the pairs for which
+            its sparse cache has no room, keeps those of largest value norm (times importance), and
+            its memory is for other pairs. A flag or a list as there; true is the paper.
         update_interval: C, tokens between two updates, counted from position 0 (>= 1). The page
             holds C pairs beside the window. A short one leaves memory for other pairs, and a long
             one updates less often. Default `window_size` (the authors' code); 1 is the paper's
@@ -82,6 +87,7 @@ class LolaConfig(BaseModel):
     sink_size: int = PydanticField(default=0, ge=0)
     sparse_cache_size: Annotated[Sizes, PlainValidator(read_sizes)] = 128
     recent_size: Annotated[Sizes, PlainValidator(read_sizes)] = 0
+    hidden_state: Annotated[Flags, PlainValidator(read_flags)] = True
     update_interval: int = PydanticField(default=0, ge=1)
     sparse_dtype: Literal["model", "int8"] = "model"
     mixing: Literal["lola", "lolcats"] = "lola"
@@ -138,25 +144,21 @@ class LolaConfig(BaseModel):
     def for_layer(self, index: int) -> LolaConfig:
         """The parameters of layer `index` alone.
 
-        Its `sparse_cache_size` and `recent_size` are a number each, or a tuple with one tuple, of
-        its KV heads' numbers.
+        Each of `HEAD_KEYS` is a value, or a tuple with one tuple, of its KV heads' values.
         """
-        own = (of_layer(sizes, index) for sizes in (self.sparse_cache_size, self.recent_size))
-        size, recent = (x if isinstance(x, int) else (x,) for x in own)
-        return self.model_copy(update={"sparse_cache_size": size, "recent_size": recent})
+        own = {key: of_layer(getattr(self, key), index) for key in HEAD_KEYS}
+        return self.model_copy(
+            update={key: (x,) if isinstance(x, tuple) else x for key, x in own.items()}
+        )
 
     def for_heads(self) -> tuple[LolaConfig, ...]:
-        """The parameters of each KV head of one layer (`for_layer`), where they differ in their
-        sizes; else only itself, which is for all heads."""
-        both = self.sparse_cache_size, self.recent_size
-        if all(isinstance(x, int) for x in both):
-            return (self,)
-        own = [of_layer(x, 0) for x in both]
-        heads = max(len(x) for x in own if isinstance(x, tuple))
-        sizes, recents = ((x,) * heads if isinstance(x, int) else x for x in own)
+        """The parameters of each KV head of one layer (`for_layer`), where they differ; else only
+        itself, which is for all heads."""
+        own = {key: of_layer(getattr(self, key), 0) for key in HEAD_KEYS}
+        heads = max((len(x) for x in own.values() if isinstance(x, tuple)), default=1)
+        of_heads = {key: x if isinstance(x, tuple) else (x,) * heads for key, x in own.items()}
         return tuple(
-            self.model_copy(update={"sparse_cache_size": size, "recent_size": recent})
-            for size, recent in zip(sizes, recents, strict=True)
+            self.model_copy(update={key: x[i] for key, x in of_heads.items()}) for i in range(heads)
         )
 
     def of_sets(self, num_sparse_heads: int) -> list[LolaConfig]:
@@ -165,23 +167,30 @@ class LolaConfig(BaseModel):
         return [head for head in heads for _ in range(num_sparse_heads // len(heads))]
 
     def check_layers(self, num_layers: int, num_kv_heads: int) -> None:
-        """Raise `LolaConfigError` unless lists have as many numbers as the model has layers, lists
-        in them as many as a layer has KV heads."""
-        for name in ("sparse_cache_size", "recent_size"):
-            sizes: Sizes = getattr(self, name)
-            if isinstance(sizes, int):
+        """Raise `LolaConfigError` unless lists have as many values as the model has layers, lists
+        in them as many as a layer has KV heads, and every head has pairs or a hidden state."""
+        for name in HEAD_KEYS:
+            values: Sizes | Flags = getattr(self, name)
+            if not isinstance(values, tuple):
                 continue
-            if len(sizes) != num_layers:
+            if len(values) != num_layers:
                 raise LolaConfigError(
-                    f"lola_config.{name}: {len(sizes)} numbers for {num_layers} layers; give one "
-                    "per layer, or one number for all"
+                    f"lola_config.{name}: {len(values)} values for {num_layers} layers; give one "
+                    "per layer, or one for all"
                 )
-            for index, size in enumerate(sizes):
-                if not isinstance(size, int) and len(size) != num_kv_heads:
+            for index, value in enumerate(values):
+                if isinstance(value, tuple) and len(value) != num_kv_heads:
                     raise LolaConfigError(
-                        f"lola_config.{name}, layer {index}: {len(size)} numbers for "
-                        f"{num_kv_heads} KV heads; give one per KV head, or one number for all"
+                        f"lola_config.{name}, layer {index}: {len(value)} values for "
+                        f"{num_kv_heads} KV heads; give one per KV head, or one for all"
                     )
+        for index in range(num_layers):
+            heads = self.for_layer(index).for_heads()
+            if any(not head.hidden_state and not head.sparse_pairs for head in heads):
+                raise LolaConfigError(
+                    f"lola_config.hidden_state, layer {index}: false for a head whose "
+                    "sparse_cache_size is 0; give it pairs, or a hidden state"
+                )
 
     def check_context_shift(self, length: int) -> None:
         """Raise `LolaConfigError` unless context shifts suit a base's trained length P.

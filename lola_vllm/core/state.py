@@ -25,7 +25,8 @@ The scales are empty unless sparse pairs are int8 (`lola_vllm/core/ops/int8.py`)
 The ring has eta + C rows: an update follows each C-th token at once, so no more pairs than that are
 ever in the window. Position p lies in row p while p < sink, else in row sink + p mod (eta + C).
 
-A page without a hidden state (F = 0, as a sliding layer's) drops the pairs that leave its window.
+A page without a hidden state (F = 0) drops the pairs for which its sparse sets have no room. A
+sliding layer's has neither: it drops all that leave its window.
 
 Symbols: Hkv `num_kv_heads`, Hs `num_state_heads`, Hg `num_sparse_heads`, d `head_dim`, F
 `feature_dim`, eta `window_size`, lam `sparse_cache_size`, C `update_interval`, sink `sink_size`.
@@ -127,7 +128,8 @@ class StateLayout:
 
         Args:
             config: of one layer or head. importance: whether the layer has importance weights.
-            The others: as the attributes. H and s are float64 where keys and values are.
+            feature_dim: of the layer's maps. The others: as the attributes. H and s are float64
+                where keys and values are.
         """
         return cls(
             window_size=config.window_size,
@@ -138,17 +140,13 @@ class StateLayout:
             num_state_heads=num_state_heads,
             num_sparse_heads=config.num_sparse_heads(num_state_heads, num_kv_heads),
             head_dim=head_dim,
-            feature_dim=feature_dim,
+            feature_dim=feature_dim if config.hidden_state else 0,
             kv_dtype=kv_dtype,
             state_dtype=torch.promote_types(kv_dtype, torch.float32),
             has_score_weights=importance or config.context_shift > 0,
             int8_pairs=config.sparse_dtype == "int8",
             recent_size=config.recent_pairs,
         )
-
-    def __post_init__(self) -> None:
-        if self.feature_dim == 0 and self.sparse_cache_size:
-            raise ValueError("feature_dim = 0: pairs without a hidden state have no scores to keep")
 
     @property
     def ring_size(self) -> int:
@@ -257,7 +255,7 @@ class StateLayout:
         """Whether the n-th token is followed by an update that evicts anything."""
         C = self.update_interval
         moves = (n % C == 0) & (self.window_start(n) > self.window_start(n - C))
-        return moves & (self.feature_dim > 0)
+        return moves & (self.feature_dim > 0 or self.sparse_cache_size > 0)
 
     def num_evicted(self, n: Tensor) -> Tensor:
         """Pairs that left the window for the sparse cache or the hidden state after n tokens."""
@@ -310,11 +308,11 @@ class StateLayout:
 @dataclass(frozen=True)
 class LayerLayout:
     """The state of one sequence in one layer of a rank: one page for all of its KV heads, or a page
-    for each of them, one after the other, where their sparse caches differ in size.
+    for each of them, one after the other, where `HEAD_KEYS` of `LolaConfig` differ.
 
     Attributes:
-        pages: one, or one per KV head in order. They differ in `sparse_cache_size` and
-            `recent_size` alone.
+        pages: one, or one per KV head in order. They differ in `sparse_cache_size`, `recent_size`
+            and `feature_dim` alone, which is 0 without a hidden state.
     """
 
     pages: tuple[StateLayout, ...]
@@ -363,7 +361,7 @@ class LayerLayout:
     @property
     def slides(self) -> bool:
         """Whether this is a sliding layer: a window alone."""
-        return self.pages[0].feature_dim == 0
+        return not self.pages[0].feature_dim and not self.pages[0].sparse_cache_size
 
     @property
     def sizes(self) -> list[int]:
@@ -438,7 +436,7 @@ class SequenceLayout:
 
     @property
     def layer(self) -> LayerLayout:
-        """The first layer of those that do not slide. They differ in their sparse sets alone."""
+        """The first layer of those that do not slide. They differ in `HEAD_KEYS` alone."""
         return next(layer for layer in self.layers if not layer.slides)
 
     @property

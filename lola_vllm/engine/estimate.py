@@ -145,7 +145,7 @@ def format_table(result: Estimate, memory_gib: float | None = None) -> str:
         f"{config.num_hidden_layers} layers, {config.num_attention_heads} query, "
         f"{config.num_key_value_heads} KV and {facts.num_state_heads} state heads of size "
         f"{config.head_dim}, F {facts.feature_dim}, K/V {sequence.page.kv_dtype}, hidden state "
-        "float32",
+        f"float32{_with_state(sequence)}",
         f"window {lola.window_size}, sparse cache {sparse_cache(lola)}, update interval "
         f"{lola.update_interval}, sinks {lola.sink_size}, {_contexts(config)}",
         "",
@@ -181,6 +181,13 @@ def format_table(result: Estimate, memory_gib: float | None = None) -> str:
         "(--no-enable-prefix-caching).",
     ]
     return "\n".join(lines)
+
+
+def _with_state(sequence: SequenceLayout) -> str:
+    """How many state heads there are, where some have no hidden state."""
+    heads = [(page.num_state_heads, page.feature_dim > 0) for page in sequence.layouts]
+    have, every = sum(n for n, has in heads if has), sum(n for n, _ in heads)
+    return "" if have == every else f" in {have} of {every} heads"
 
 
 def _contexts(config: DecoderConfig) -> str:

@@ -11,7 +11,10 @@ from tests.engine.test_sessions import ask, store_options
 from tests.support.engine import engine, scheduler
 from tools.support.tiny import make_tiny, random_prompts
 
-LOLA = {"window_size": 16, "sparse_cache_size": [[24, 9], 24], "sink_size": 2, "context_shift": 64}
+LOLA = {
+    "window_size": 16, "sparse_cache_size": [[24, 9], 24], "hidden_state": [True, [False, True]],
+    "sink_size": 2, "context_shift": 64,
+}  # fmt: skip
 NEW = 12
 
 

@@ -12,7 +12,10 @@ from tests.support.oracle import Oracle
 from tools.support.tiny import random_prompts
 
 # The heads of the first layer have a page each.
-LOLA = {"window_size": 16, "sparse_cache_size": [[24, 10], 24], "sink_size": 2}
+LOLA = {
+    "window_size": 16, "sparse_cache_size": [[24, 10], 24], "hidden_state": [[False, True], True],
+    "sink_size": 2,
+}  # fmt: skip
 
 
 @pytest.fixture

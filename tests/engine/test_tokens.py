@@ -31,7 +31,10 @@ MODELS = {
     "plain": (LOLA, {}),
     "paper, sinks": (LOLA | {"update_interval": 1, "sink_size": 4}, {"state_heads": 4}),
     "interval 7, lolcats": (LOLA | {"update_interval": 7, "mixing": "lolcats"}, {}),
-    "a size per layer": (LOLA | {"sparse_cache_size": [90, 0]}, {"state_heads": 4}),
+    "unlike layers": (
+        LOLA | {"sparse_cache_size": [90, 0], "hidden_state": [False, True]},
+        {"state_heads": 4},
+    ),
     "shifting": (SHIFTING, SHORT),
     "shifting, 7": (SHIFTING | {"update_interval": 7}, SHORT),
     "two shifts a length": (SHIFTING | {"context_shift": 32}, SHORT),

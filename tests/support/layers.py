@@ -1,4 +1,4 @@
-"""Layers whose KV heads have sparse caches of different sizes, and so a page each."""
+"""Layers whose KV heads have sparse caches of different sizes, or no hidden state: a page each."""
 
 from __future__ import annotations
 
@@ -24,8 +24,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "shifts alone": {"context_shift": 16},
     "recent pairs": {"recent_size": ((0, 2, 3),), "sparse_dtype": "int8"},
     "every token, recent pairs": {"recent_size": ((0, 0, 3),), "update_interval": 1},
+    "some without H": {"hidden_state": ((True, True, False),), "recent_size": 5},
+    "one with H": {"hidden_state": ((False, True, False),), "context_shift": 16},
+    "shared sets, some without H": {
+        "hidden_state": ((False, True, True),),
+        "sparse_sharing": "kv_head",
+        "sparse_dtype": "int8",
+    },
 }
-WEIGHTED = ("as the demo model", "long interval")  # with an importance
+WITHOUT_H = ("some without H", "one with H", "shared sets, some without H")
+# With an importance.
+WEIGHTED = ("as the demo model", "long interval", "some without H", "shared sets, some without H")
 
 
 def layer(
@@ -34,7 +43,7 @@ def layer(
     """A problem of three KV heads, and the same of each head alone."""
     config = LolaConfig(**{**BASE, **KINDS[kind]}, sparse_cache_size=(SIZES,))
     schedule = ShiftSchedule(64, 16, 1.0, 2) if config.context_shift else None
-    Hs = 6 if kind == "shared sets" else None
+    Hs = 6 if kind.startswith("shared sets") else None
     problem = make_problem(
         T, config, Hkv=3, group=4, Hs=Hs, F=6, importance=kind in WEIGHTED, dtype=dtype, seed=seed,
         schedule=schedule,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from lola_vllm.core.config import LolaConfig
 from tools.site.docstrings import entries, split
 from tools.site.summaries import table
@@ -18,7 +20,7 @@ def config_table() -> str:
         raise ValueError(f"the docstring of LolaConfig has {list(words)}, not {list(fields)}")
     rows = [["`lola_config` key", "default", "meaning"]]
     for name, field in fields.items():
-        value = f'"{field.default}"' if isinstance(field.default, str) else str(field.default)
+        value = json.dumps(field.default)
         text = words[name].replace("|", "\\|")
         rows.append([f"`{name}`", FOLLOWS.get(name, f"`{value}`"), text])
     return table(rows)

@@ -110,8 +110,12 @@ class LolaWeights:
             rotation=rotation,
         )
 
-    def of_group(self, index: int, count: int) -> LolaWeights:
-        """The part of group `index` of so many, of equal numbers of heads."""
+    def of_group(self, index: int, count: int, feature_dim: int) -> LolaWeights:
+        """The part of group `index` of so many, of equal numbers of heads.
+
+        Args:
+            feature_dim: of its page: without a hidden state the group has no maps either.
+        """
 
         def part(x: Tensor, dim: int = 0) -> Tensor:
             share = x.shape[dim] // count
@@ -119,8 +123,8 @@ class LolaWeights:
 
         return replace(
             self,
-            feature_map_q=part(self.feature_map_q),
-            key_maps=part(self.key_maps, 1),
+            feature_map_q=part(self.feature_map_q)[..., :feature_dim],
+            key_maps=part(self.key_maps, 1)[..., :feature_dim],
             log_gate=part(self.log_gate),
             importance=part(self.importance),
         )
@@ -146,7 +150,8 @@ class LolaWeights:
     def check(self, layout: LayerLayout, pages: Tensor) -> None:
         """Raise what `LayerState.bind` raises."""
         page = layout.pages[0]
-        d, F = page.head_dim, page.feature_dim
+        d, F = page.head_dim, max(x.feature_dim for x in layout.pages)
+        F = F or self.feature_map_q.shape[-1]  # maps that no head uses
         Hq, Hs, Hkv = self.num_heads, layout.num_state_heads, layout.num_kv_heads
         Hg = len(layout.sizes)
         if Hq % Hs or Hs % Hg or Hg % Hkv:
@@ -181,8 +186,9 @@ class LolaWeights:
 
 @dataclass(frozen=True, eq=False)
 class HeadGroup:
-    """KV heads of a layer that share a page: all of them, or each alone where their sparse caches
-    differ in size. KV heads do not see each other, so a kernel needs no more than a group.
+    """KV heads of a layer that share a page: all of them, or each alone (`LayerLayout`).
+
+    KV heads do not see each other, so a kernel needs no more than a group.
 
     Attributes:
         weights: of these heads. layout: of every page.
@@ -239,7 +245,8 @@ class LayerState:
         ]
         weights.check(layout, pages)
         groups = tuple(
-            HeadGroup(weights.of_group(i, len(parts)), *part) for i, part in enumerate(parts)
+            HeadGroup(weights.of_group(i, len(parts), part[0].feature_dim), *part)
+            for i, part in enumerate(parts)
         )
         table = layout.table(weights.num_heads, weights.subtract_max, weights.rotated_map_after)
         return cls(weights, layout, pages, groups, table, table.to(pages.device))
@@ -248,7 +255,7 @@ class LayerState:
         """The same pages with other weights of the same shapes, which are not checked again."""
         count = len(self.groups)
         groups = tuple(
-            replace(group, weights=weights.of_group(i, count))
+            replace(group, weights=weights.of_group(i, count, group.layout.feature_dim))
             for i, group in enumerate(self.groups)
         )
         return replace(self, weights=weights, groups=groups)

@@ -163,6 +163,8 @@ def lola_attention_parallel(
             for i in range(count)
         ]  # fmt: skip
         return torch.cat(answers, dim=2)
+    if not config.hidden_state:  # without features H, s and the features' sums are empty
+        feature_map_q, feature_map_k = feature_map_q[..., :0], feature_map_k[..., :0]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out_dtype = q.dtype
     B, T, Hq, d = q.shape
@@ -256,7 +258,7 @@ def _per_head(x: Tensor, heads: int) -> Tensor:
     """Query heads `[B, Hq, N, C, n]` under the heads they read: `[B, heads, N, Hq/heads C, n]`."""
     B, Hq, N, C, n = x.shape
     x = x.view(B, heads, Hq // heads, N, C, n).transpose(2, 3)
-    return x.reshape(B, heads, N, -1, n)
+    return x.reshape(B, heads, N, Hq // heads * C, n)
 
 
 def _per_query_head(x: Tensor, Hq: int) -> Tensor:

@@ -36,7 +36,8 @@ def recall_errors(
 
     Args:
         k, v: `[B, Hg, E, d]`, k after RoPE. feature_map_k: `[Hs, d, F]`, or one for each row.
-        H: `[N, Hs, 2F, d]`. s: `[N, Hs, 2F]`. state_indices: `[B]`, the page of each row.
+        H: `[N, Hs, 2F, d]`. s: `[N, Hs, 2F]`. state_indices: `[B]`, the page of each row. F = 0:
+            there is no hidden state, and the prediction is 0.
         empty: `[B]`, bool; the state counts as zero and is not read.
 
     Returns:
@@ -313,7 +314,7 @@ def _update(group: HeadGroup, state_indices: Tensor, n: Tensor) -> None:
 
     empty = layout.num_folded(n - C) == 0
     keep = ok
-    if bool((layout.num_folded(n) > 0).any()):  # else every candidate fits, whatever its score
+    if bool((layout.num_evicted(n) > lam).any()):  # else every candidate fits, whatever its score
         maps = group.weights.maps_of(n)
         scores = recall_errors(k, v, maps, views.H, views.s, state_indices, empty)
         if w is not None:
@@ -321,7 +322,8 @@ def _update(group: HeadGroup, state_indices: Tensor, n: Tensor) -> None:
         recent = at >= (stop - layout.recent_size)[:, None, None]
         scores = scores.masked_fill(recent, torch.inf)
         keep = _largest(scores, at, ok, lam)
-        _fold(group, k, v, ok & ~keep, state_indices, n, empty)
+        if layout.feature_dim:
+            _fold(group, k, v, ok & ~keep, state_indices, n, empty)
     _replace(group, new_k, new_v, at, w, keep, state_indices)
 
 

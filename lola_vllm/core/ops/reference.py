@@ -229,6 +229,8 @@ def lola_attention(
                 scores = scores.masked_fill(newest.to(scores.device), torch.inf)
                 kept, folded = _select(candidates, scores, of_sets[sparse_head].sparse_pairs)
                 sparse[sparse_head] = kept
+                if not of_sets[sparse_head].hidden_state:
+                    continue  # the head forgets the others
                 for h in heads:
                     H[h] += phi_k[h, folded].T @ v_s[h, folded]
                     s[h] += phi_k[h, folded].sum(0)

@@ -162,6 +162,7 @@ def example_layer(device: torch.device, dtype: torch.dtype) -> LayerState:
     config = LolaConfig(
         window_size=64,
         sparse_cache_size=((700, 0, 90),),
+        hidden_state=((True, True, False),),
         update_interval=16,
         sink_size=4,
         sparse_dtype="int8",
@@ -253,7 +254,7 @@ class _Problem:
             rotation = replace(rotation, schedule=schedule)
             live = max(schedule.length + interval, -(-live // interval) * interval)
         Hq, Hkv, Hs = own.num_heads, layout.num_kv_heads, layout.num_state_heads
-        d, F = page.head_dim, page.feature_dim
+        d, F = page.head_dim, own.feature_map_q.shape[-1]
         weights = LolaWeights.prepare(
             (randn(Hq, d, F) / d**0.5).to(own.feature_map_q.dtype),
             (randn(Hs, d, F) / d**0.5).to(own.feature_map_q.dtype),

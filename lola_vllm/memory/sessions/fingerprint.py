@@ -108,7 +108,9 @@ def model_fingerprint(
     if not config.is_llama:  # whatever else the family's layers go by
         numbers |= {"base": config.base_config.to_diff_dict()}
     numbers["head_dim"] = pages[0].head_dim
-    numbers["lola"] = config.lola.model_dump()
+    numbers["lola"] = lola = config.lola.model_dump()
+    if lola["hidden_state"] is True:  # as before there was the key: states from then stay valid
+        del lola["hidden_state"]
     if config.lola.context_shift:
         numbers["trained_length"] = config.max_position_embeddings
     layout = [

@@ -7,14 +7,14 @@ import torch
 
 from lola_vllm.core.ops import DecodeBatch
 from tests.support.backends import fewer, only
-from tests.support.layers import KINDS, T, bind, layer
+from tests.support.layers import KINDS, WITHOUT_H, T, bind, layer
 from tests.support.problem import feed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-@fewer("emulated", kind=["as the demo model", "every token", "shared sets"])
-@fewer("interpreted", kind=["as the demo model"], dtype=[torch.float32])
+@fewer("emulated", kind=["as the demo model", "every token", "shared sets", *WITHOUT_H])
+@fewer("interpreted", kind=["as the demo model", *WITHOUT_H[:2]], dtype=[torch.float32])
 def test_a_head_of_a_layer_is_what_it_is_alone(backend, kind, dtype):
     backend = backend.cut_in(1)  # a layer has more heads to fill a GPU with than one head has
     problem, alone = layer(kind, dtype)

@@ -31,7 +31,9 @@ def layout(lam=5, sink=3, interval=4, kv_dtype=torch.bfloat16, importance=False,
 @pytest.mark.parametrize("lam", [0, 1, 5])
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("sharing", ["none", "kv_head"])
-@pytest.mark.parametrize("fields", [{}, {"context_shift": 4}, {"sparse_dtype": "int8"}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"context_shift": 4}, {"sparse_dtype": "int8"}, {"hidden_state": False}]
+)
 def test_parts_do_not_overlap_and_are_aligned(lam, kv_dtype, sharing, fields):
     page = layout(lam, kv_dtype=kv_dtype, sparse_sharing=sharing, **fields)
     pool = torch.zeros(3, page.page_bytes + 128, dtype=torch.uint8)
@@ -69,8 +71,9 @@ def test_layers_of_a_sequence_lie_one_after_the_other():
 
 @pytest.mark.parametrize("interval", [1, 4, 10, 13])
 @pytest.mark.parametrize("sink", [0, 3, 12])
-def test_counts_follow_a_simulation(interval, sink):
-    page = layout(sink=sink, interval=interval)
+@pytest.mark.parametrize("state", [True, False])
+def test_counts_follow_a_simulation(interval, sink, state):
+    page = layout(sink=sink, interval=interval, hidden_state=state)
     window, gone = [], 0
     for n in range(1, 60):
         if n > sink:
@@ -83,7 +86,7 @@ def test_counts_follow_a_simulation(interval, sink):
         at = torch.tensor(n)
         assert int(page.num_evicted(at)) == gone
         assert int(page.num_sparse(at)) == min(gone, 5)
-        assert int(page.num_folded(at)) == max(0, gone - 5)
+        assert int(page.num_folded(at)) == (max(0, gone - 5) if state else 0)
         if window:
             assert int(page.window_start(at)) <= window[0]
             assert len(window) <= page.ring_size

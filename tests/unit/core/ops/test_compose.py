@@ -147,7 +147,7 @@ def by_hand(problems: list[Problem]) -> list[Head]:
                 scores.append((error * pair.w, phi))
             order = sorted(range(len(pool)), key=lambda i: -scores[i][0])
             rest = order[room:]
-            if start - sink > lam:
+            if start - sink > lam and config.of_sets(Hg)[g].hidden_state:
                 for i in rest:
                     for j, phi in enumerate(scores[i][1]):
                         H[j] = H[j] + phi[:, None] * pool[i].v
@@ -204,6 +204,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "shared": ({"sparse_sharing": "kv_head"}, {"Hs": 6, "importance": True}),
     "importance": ({"update_interval": 4}, {"importance": True}),
     "recent": ({"recent_size": 6, "update_interval": 4}, {"importance": True}),
+    "without-H": ({"hidden_state": False, "update_interval": 4}, {"importance": True}),
     "int8": ({"sparse_dtype": "int8", "update_interval": 4, "sink_size": 1}, {"importance": True}),
     "shifted": (
         {"update_interval": 4, "sink_size": 2, "context_shift": 16},
@@ -261,13 +262,15 @@ def test_nothing_folded_is_attention_to_all_pairs(recent):
     torch.testing.assert_close(out[0], torch.einsum("ht,thd->hd", p, v))
 
 
-@pytest.mark.parametrize("sizes", [(12, 12), (20, 3)])
-def test_a_page_per_head_gives_what_the_heads_alone_give(sizes):
+@pytest.mark.parametrize(
+    "sizes, states", [((12, 12), (1, 1)), ((20, 3), (1, 1)), ((12, 9), (0, 1))]
+)
+def test_a_page_per_head_gives_what_the_heads_alone_give(sizes, states):
     """So do tensor-parallel ranks, which have some of the heads each."""
     config = LolaConfig(window_size=8, sparse_cache_size=12, update_interval=4, sink_size=2)
     alone, rows = [], []
-    for i, size in enumerate(sizes):
-        own = config.model_copy(update={"sparse_cache_size": size})
+    for i, (size, state) in enumerate(zip(sizes, states, strict=True)):
+        own = config.model_copy(update={"sparse_cache_size": size, "hidden_state": bool(state)})
         problems = documents([48, 64, 39], own, Hkv=2, importance=True)
         heads = [problem.of_head(i) for problem in problems]
         alone.append((heads, compose(heads)))

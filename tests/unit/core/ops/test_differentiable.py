@@ -23,6 +23,7 @@ WEIGHTED = [
     (40, 4, 2, 4, dict(window_size=8, sparse_cache_size=7, update_interval=3)),
     (41, 6, 2, 6, dict(window_size=4, sparse_cache_size=3, sparse_sharing="kv_head")),
     (40, 4, 2, 4, dict(window_size=6, sparse_cache_size=5, sink_size=2, sparse_dtype="int8")),
+    (39, 4, 2, 2, dict(window_size=6, sparse_cache_size=5, hidden_state=[[True, False]])),
 ]
 
 
