@@ -166,12 +166,11 @@ class Run:
     @torch.no_grad()
     def _ask_rows(self, questions: Tensor, last: int) -> Tensor:
         """Logits `[B, last, V]` of questions `[B, Q]`, each with a copy of the state."""
-        # What a fork has is shared. Forwards replace the keys and values of a softmax model. They
-        # write into LoLA's pages, which `batch_repeat_interleave` replaces.
-        fork = copy.copy(self.cache)
-        fork.layers = [copy.copy(layer) for layer in self.cache.layers]
         if self._forks:
-            fork.batch_repeat_interleave(len(questions))
+            fork = self.cache.fork(len(questions))
+        else:  # forwards replace the keys and values of a softmax model
+            fork = copy.copy(self.cache)
+            fork.layers = [copy.copy(layer) for layer in self.cache.layers]
         output = self._model(
             questions, past_key_values=fork, use_cache=True, logits_to_keep=last + 1
         )

@@ -1,4 +1,4 @@
-"""What `lola-vllm calibrate` finds, as a file and in a checkpoint: sizes, and importance."""
+"""What `lola-vllm calibrate` finds, as a file and in a checkpoint: `HEAD_KEYS`, and importance."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lola_vllm.core.config import DecoderConfig
+from lola_vllm.core.config import HEAD_KEYS, DecoderConfig
 from lola_vllm.core.model_types import LOLA_TYPES
 from lola_vllm.models.files import (
     INDEX_NAME,
@@ -24,9 +24,6 @@ from lola_vllm.models.staging import staged_directory
 if TYPE_CHECKING:
     from torch import Tensor
 
-KEYS = ("sparse_cache_size", "recent_size")  # in the file's metadata, as JSON
-# As `lola_config.sparse_cache_size` has them.
-Sizes = list[int] | list[list[int]]
 _CARD_TITLE = "\n## Calibration"
 _MAP = ".self_attn.feature_map_k"
 
@@ -36,16 +33,15 @@ def importance_tensors(importance: Mapping[int, Tensor]) -> dict[str, Tensor]:
     return {f"model.layers.{i}.self_attn.importance": own for i, own in importance.items()}
 
 
-def save_calibration(
-    path: Path, sizes: Mapping[str, Sizes], importance: Mapping[str, Tensor]
-) -> None:
-    """Write sizes, by key of `lola_config`, and the tensors `importance` to a safetensors file."""
+def save_calibration(path: Path, keys: Mapping[str, Any], importance: Mapping[str, Tensor]) -> None:
+    """Write keys of `lola_config`, as JSON in the metadata, and the tensors `importance` to a
+    safetensors file."""
     from safetensors.torch import save_file
 
-    save_file(dict(importance), path, {key: json.dumps(sizes[key]) for key in KEYS})
+    save_file(dict(importance), path, {key: json.dumps(value) for key, value in keys.items()})
 
 
-def load_calibration(path: Path) -> tuple[dict[str, Sizes], dict[str, Tensor]]:
+def load_calibration(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What `save_calibration` wrote.
 
     Raises:
@@ -53,18 +49,16 @@ def load_calibration(path: Path) -> tuple[dict[str, Sizes], dict[str, Tensor]]:
     """
     with open_weights(path) as file:
         held = file.metadata() or {}
-        if not all(key in held for key in KEYS):
-            raise CheckpointError(
-                f"{path}: holds no {' and '.join(KEYS)}; make it with 'lola-vllm calibrate'"
-            )
-        sizes = {key: json.loads(held[key]) for key in KEYS}
-        return sizes, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if (first := HEAD_KEYS[0]) not in held:
+            raise CheckpointError(f"{path}: holds no {first}; make it with 'lola-vllm calibrate'")
+        keys = {key: json.loads(held[key]) for key in HEAD_KEYS if key in held}
+        return keys, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def write_calibrated(
     source: Path,
     out: Path,
-    sizes: Mapping[str, Sizes],
+    keys: Mapping[str, Any],
     importance: Mapping[str, Tensor],
     *,
     force: bool = False,
@@ -75,7 +69,7 @@ def write_calibrated(
     Args:
         source: a directory, of which hidden files are left out.
         out, force, inputs: as in `staging.check_output`; `source` is one of the inputs.
-        sizes: by key of `lola_config`. importance: tensors by name.
+        keys: of `lola_config`. importance: tensors by name.
 
     Returns:
         The config of the copy.
@@ -87,8 +81,8 @@ def write_calibrated(
     with staged_directory(out, force=force, inputs=[source, *inputs]) as staging:
         ignored = shutil.ignore_patterns(".*")
         shutil.copytree(source, staging, ignore=ignored, dirs_exist_ok=True)
-        config = apply_calibration(staging, sizes, importance)
-        _write_card(staging / "README.md", sizes)
+        config = apply_calibration(staging, keys, importance)
+        _write_card(staging / "README.md", keys)
         return config
 
 
@@ -121,8 +115,8 @@ def apply_calibration(
     return config
 
 
-def _write_card(card: Path, sizes: Mapping[str, Sizes]) -> None:
-    """Say in a model card, if there is one, which sizes the calibration found.
+def _write_card(card: Path, keys: Mapping[str, Any]) -> None:
+    """Say in a model card, if there is one, what the calibration found.
 
     What the card says of an earlier calibration goes.
     """
@@ -130,7 +124,7 @@ def _write_card(card: Path, sizes: Mapping[str, Sizes]) -> None:
         return
     before, _, rest = card.read_text(encoding="utf-8").partition(_CARD_TITLE)
     _, following, after = rest.partition("\n## ")
-    found = "".join(f"    {json.dumps({key: size})}\n" for key, size in sizes.items())
+    found = "".join(f"    {json.dumps({key: value})}\n" for key, value in keys.items())
     card.write_text(
         f"{before.rstrip()}\n{_CARD_TITLE}\n\n`lola-vllm calibrate` divided the pairs among the KV "
         f"heads and fitted which to keep. It added to `lola_config`:\n\n{found}{following}{after}",

@@ -11,6 +11,7 @@ from lola_vllm.command.linearize.recipe import Recipe, state_bytes
 from lola_vllm.models.files import CheckpointError
 from lola_vllm.training.calibrate.copying import ENOUGH, REPEATED
 from lola_vllm.training.calibrate.run import COPYING_PROMPTS, TRIED_PROMPTS
+from lola_vllm.training.calibrate.states import PROMPTS
 
 # Seconds of a token of a calibration over those of a forward pass of a row of training, measured on
 # CPUs: 1.5 (0.5B) and 1.75 (135M). It reads long prompts, notes what they attend to, and fits
@@ -51,12 +52,15 @@ def stage_tokens(recipe: Recipe) -> dict[str, int]:
         prompts = COPYING_PROMPTS + TRIED_PROMPTS
         calibration += prompts * 2 * recipe.calibrate.prompt_length
         calibration += TRIED_PROMPTS * len(ENOUGH) * REPEATED
+    trials = 0
+    if recipe.calibrate.state_worth:  # two models read a prompt, and one its end for every head
+        trials = PROMPTS * 4 * recipe.calibrate.prompt_length
     return {
         "transfer": recipe.train.rows * recipe.train.row_length,
         "lora": recipe.train.lora_tokens,
         "calibrate": calibration,
         "train-on": recipe.train_on.lora_tokens,
-        "recalibrate": calibration,
+        "recalibrate": calibration + trials,
     }
 
 

@@ -24,6 +24,7 @@ from lola_vllm.training.texts import MANIFEST
 
 if TYPE_CHECKING:
     from lola_vllm.core.config import DecoderConfig
+    from lola_vllm.training.calibrate.options import CalibrateOptions
     from lola_vllm.training.distill.options import DistillOptions
 
 TRAINING, ON = "training", "training-on"
@@ -243,7 +244,7 @@ class _Run:
         return {
             "transfer": self._transfer,
             "lora": self._lora,
-            "calibrate": lambda: self._calibrate(self.work / TRAINED, FIRST),
+            "calibrate": self._first_calibration,
             "train-on": self._train_on,
             "recalibrate": self._recalibrate,
             "card": self._card,
@@ -273,18 +274,23 @@ class _Run:
             resume=True, force=True, **more,
         )  # fmt: skip
 
-    def _calibrate(self, model: Path, name: str) -> None:
+    def _first_calibration(self) -> None:
+        # Training on is with all hidden states: maps are trained in all heads, whichever is tried.
+        all_states = replace(self.recipe.calibrate, state_worth=0.0)
+        self._calibrate(self.work / TRAINED, FIRST, all_states)
+
+    def _calibrate(self, model: Path, name: str, options: CalibrateOptions) -> None:
         from lola_vllm.models.calibration import importance_tensors, save_calibration
         from lola_vllm.training.calibrate.run import calibrate, report
 
-        found = calibrate(self.base, self.texts, self.recipe.calibrate, model)
+        found = calibrate(self.base, self.texts, options, model)
         save_calibration(self.work / name, found.keys, importance_tensors(found.importance))
         (self.work / REPORT).write_text(report(found), encoding="utf-8")
 
     def _recalibrate(self) -> None:
         from lola_vllm.models.calibration import load_calibration, write_calibrated
 
-        self._calibrate(self.work / TRAINED_ON, SECOND)
+        self._calibrate(self.work / TRAINED_ON, SECOND, self.recipe.calibrate)
         sizes, importance = load_calibration(self.work / SECOND)
         write_calibrated(
             self.work / TRAINED_ON, self.work / CALIBRATED, sizes, importance, force=True

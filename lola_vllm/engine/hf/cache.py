@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -248,6 +249,13 @@ class LolaCache(Cache):
                 "start a new LolaCache"
             )
         return layer.num_tokens
+
+    def fork(self, repeats: int = 1) -> LolaCache:
+        """A cache with each row `repeats` times. What it reads leaves this one as it is."""
+        fork = copy.copy(self)
+        fork.layers = [copy.copy(layer) for layer in self.layers]
+        fork.batch_repeat_interleave(repeats)  # which replaces the pages
+        return fork
 
     def crop(self, tokens_to_remove: int) -> None:
         """`LolaCacheLayer.crop` of all layers, or of none."""

@@ -47,13 +47,16 @@ class PromptReads(NamedTuple):
     """What a layer attends to from far behind in a prompt.
 
     Attributes:
-        features: `[Hkv, n, d // 2 + d]` float16. log_errors: `[Hkv, n]` float32.
+        features: `[Hkv, n, d // 2 + d]` float16.
+        log_errors: `[Hkv, n]` float32, logarithms of recall errors. log_values: likewise, what they
+            are without a hidden state, which recalls 0.
         attention: `[Hkv, n]` float32, the largest long-range attention that each token gets.
         of_facts: whether only attention to facts that are asked for counts.
     """
 
     features: Tensor
     log_errors: Tensor
+    log_values: Tensor
     attention: Tensor
     of_facts: bool
 
@@ -79,14 +82,14 @@ def far_attention(weights: Tensor, queries: Tensor, near: Tensor) -> Tensor:
     return of_heads.masked_fill(distances <= near[:, None, None, None], 0).amax((1, 2))
 
 
-def errors_of_others(k: Tensor, v: Tensor, feature_map_k: Tensor) -> Tensor:
-    """Self-recall error of each pair in a state of all others.
+def errors_of_others(k: Tensor, v: Tensor, feature_map_k: Tensor) -> tuple[Tensor, Tensor]:
+    """Self-recall error of each pair in a state of all others, and without any state.
 
     Args:
         k, v: `[Hkv, T, d]`. feature_map_k: `[Hs, d, F]`.
 
     Returns:
-        `[Hkv, T]`; where a KV head has several state heads, the mean of SRE / ||v|| over them.
+        `[Hkv, T]` each; where a KV head has several state heads, means of SRE / ||v|| over them.
     """
     group = len(feature_map_k) // len(k)
     v_s = v.repeat_interleave(group, dim=0)
@@ -94,10 +97,11 @@ def errors_of_others(k: Tensor, v: Tensor, feature_map_k: Tensor) -> Tensor:
     own = phi.square().sum(-1, keepdim=True)
     mass = phi @ phi.sum(1).unsqueeze(-1) - own + RECALL_EPS
     errors = (v_s - (phi @ (phi.mT @ v_s) - own * v_s) / mass).norm(dim=-1)
+    lengths = v.norm(dim=-1)
     if group == 1:
-        return errors
+        return errors, lengths
     errors = errors / v_s.norm(dim=-1).clamp(min=RECALL_EPS)
-    return errors.unflatten(0, (-1, group)).mean(1)
+    return errors.unflatten(0, (-1, group)).mean(1), torch.ones_like(lengths)
 
 
 class LongRangeAttention:
@@ -140,14 +144,22 @@ class LongRangeAttention:
             attention = attention * torch.tensor(self._asked)
         kept = slice(SKIPPED_TOKENS, max(SKIPPED_TOKENS, k.shape[1] - LAST_TOKENS))
         errors = errors_of_others(k, v, self._maps[layer])
+        log_errors, log_values = (x.clamp(min=RECALL_EPS).log()[:, kept] for x in errors)
         self.reads[layer].append(
             PromptReads(
                 features(k, v)[:, kept].half(),
-                errors.clamp(min=RECALL_EPS).log()[:, kept],
+                log_errors,
+                log_values,
                 attention[:, kept],
                 self._asked is not None,
             )
         )
+
+
+def without_states(read: PromptReads, has_state: Sequence[bool]) -> PromptReads:
+    """The same where only some KV heads, by `has_state`, have a hidden state."""
+    recalled = torch.tensor(list(has_state))[:, None]
+    return read._replace(log_errors=torch.where(recalled, read.log_errors, read.log_values))
 
 
 def parted(reads: Sequence[PromptReads]) -> tuple[list[PromptReads], list[PromptReads]]:

@@ -14,6 +14,8 @@ class CalibrateOptions:
         pairs: of a KV head, on average. least: pairs of any KV head.
         recent: more pairs of a KV head, on average, for its newest tokens; heads that copy share
             them.
+        state_worth: what a hidden state must be worth to be kept, in nats a token; 0 keeps all.
+            Heads that do without leave their memory to pairs.
         prompts: to read.
         prompt_length: of every other four, in tokens; the rest have half of it.
         facts: share of the prompts that hide facts in text and ask for them at the end.
@@ -24,6 +26,7 @@ class CalibrateOptions:
     pairs: int = 128
     least: int = 16
     recent: int = 0
+    state_worth: float = 0.0
     prompts: int = 56
     prompt_length: int = 4096
     facts: float = 0.75

@@ -11,14 +11,19 @@ among the heads (`sizes.py`), and then to caches of these sizes.
 
 With `recent` some heads have recent pairs besides: those that go on with a passage word by word
 (`copying.py`). Divisions of them are tried (`trials.py`).
+
+With `state_worth` heads lose their hidden state that do without (`states.py`). Its memory goes to
+pairs, and these are divided once more.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +31,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lola_vllm.core.config import HEAD_KEYS, DecoderConfig
+from lola_vllm.core.layers import layer_layouts
 from lola_vllm.core.model_types import windows_of
-from lola_vllm.engine.hf.attention import order_heads
+from lola_vllm.core.state import PART_ALIGNMENT, SequenceLayout
+from lola_vllm.engine.hf.attention import attentions, order_heads
 from lola_vllm.models.base import read_base_config
 from lola_vllm.models.files import CheckpointError, open_weights, weight_files
 from lola_vllm.training.calibrate.copying import (
@@ -45,14 +53,17 @@ from lola_vllm.training.calibrate.importance import (
     LAST_TOKENS,
     SKIPPED_TOKENS,
     LongRangeAttention,
+    PromptReads,
     fit,
     held,
     parted,
+    without_states,
 )
 from lola_vllm.training.calibrate.options import CalibrateOptions
 from lola_vllm.training.calibrate.prompts import draw_plain, draw_prompts
 from lola_vllm.training.calibrate.reader import ATTENTION, attention, read
 from lola_vllm.training.calibrate.sizes import AttentionGains, divide_among
+from lola_vllm.training.calibrate.states import PROMPTS, state_worths
 from lola_vllm.training.calibrate.trials import (
     RECENT_ATTENTION,
     passage_log_probs,
@@ -87,19 +98,22 @@ class Calibration:
         sizes: pairs per layer and KV head: a `lola_config.sparse_cache_size`, the recent ones
             included. Sliding layers have none.
         recent: likewise: a `lola_config.recent_size`.
+        states: likewise, whether a head has a hidden state: a `lola_config.hidden_state`.
         importance: by layer that does not slide `[Hkv, d // 2 + d + 1]`, its tensor `importance`.
         held: likewise, what the pairs that are not recent would hold.
     """
 
     sizes: list[list[int]]
     recent: list[list[int]]
+    states: list[list[bool]]
     importance: dict[int, Tensor]
     held: dict[int, Held]
 
     @property
-    def keys(self) -> dict[str, list[list[int]]]:
-        """The keys of `lola_config` that it settles."""
-        return {"sparse_cache_size": self.sizes, "recent_size": self.recent}
+    def keys(self) -> dict[str, Any]:
+        """The keys of `lola_config` that it settles, `HEAD_KEYS`."""
+        states = True if all(map(all, self.states)) else self.states
+        return dict(zip(HEAD_KEYS, (self.sizes, self.recent, states), strict=True))
 
 
 def calibrate(
@@ -124,6 +138,8 @@ def calibrate(
         raise CheckpointError(f"facts = {options.facts:g}: must be between 0 and 1")
     if options.prompts < JUDGED_ONE_IN:
         raise CheckpointError(f"prompts = {options.prompts}: must be at least {JUDGED_ONE_IN}")
+    if options.state_worth:
+        _check_states(options, model)
     import transformers
 
     read_base_config(base)  # refuses families that could not be served
@@ -149,26 +165,112 @@ def calibrate(
     pairs = options.pairs + max(0, options.recent - math.ceil(mean))
     recorder = LongRangeAttention(prompts, maps, near)
     read(softmax, [prompt.ids for prompt in prompts], recorder, "reading")
-    parts = [parted(reads) for reads in recorder.reads]
+    states = [[True] * len(of_heads) for of_heads in recent]
+    found = _divide(softmax.config, recorder.reads, recent, states, pairs, options)
+    if options.state_worth and model is not None:
+        length = min(2 * options.prompt_length, softmax.config.max_position_embeddings)
+        plain = draw_plain(texts, tokenizer, length, PROMPTS, options.seed)
+        student = _student(model, found, options)
+        softmax.set_attn_implementation("sdpa")
+        worths = state_worths(student, softmax, plain)
+        states = [(of_heads > options.state_worth).tolist() for of_heads in worths]
+        pairs += _pairs_for_states(student.config, states)
+        found = _divide(softmax.config, recorder.reads, recent, states, pairs, options)
+    return found
+
+
+def _check_states(options: CalibrateOptions, model: Path | None) -> None:
+    which = f"state_worth = {options.state_worth:g}"
+    if model is None:
+        raise CheckpointError(f"{which}: heads are tried in a LoLA model; give one, or use 0")
+    if options.least < 1:
+        raise CheckpointError(
+            f"{which}: least = {options.least}, but a head without a hidden state needs pairs; "
+            "use least = 1 or more"
+        )
+    if (mixing := DecoderConfig.from_pretrained(model).lola.mixing) != "lola":
+        raise CheckpointError(
+            f"{which}: mixing = {mixing!r} counts the hidden state whatever the gate is; use 0"
+        )
+
+
+def _divide(
+    config: Any,
+    reads: Sequence[Sequence[PromptReads]],
+    recent: list[list[int]],
+    states: list[list[bool]],
+    pairs: int,
+    options: CalibrateOptions,
+) -> Calibration:
+    """Divide pairs, so many of a KV head on average besides the recent ones, and fit importance.
+
+    Args:
+        config: of the base. reads, recent, states: by layer that does not slide.
+    """
+    parts = [
+        parted([without_states(read, own) for read in of_layer])
+        for of_layer, own in zip(reads, states, strict=True)
+    ]
     gains = []
     for fitted, _ in tqdm(parts, desc="sizes", unit="layer"):
         alike = [pairs] * len(fitted[0].attention)
         gains.append(AttentionGains(fitted, fit(fitted, alike, options.seed, FIRST_EPOCHS)))
     sizes = divide_among(gains, pairs, options.least)
-    config = softmax.config
-    found = Calibration([], [], {}, {})
+    found = Calibration([], [], [], {}, {})
+    heads = config.num_key_value_heads
     for _ in range(config.num_hidden_layers):
-        for of_layers in (found.sizes, found.recent):
-            of_layers.append([0] * config.num_key_value_heads)
-    fits = zip(_full_layers(config), parts, sizes, recent, strict=True)
-    for layer, (fitted, judged), own, newest in tqdm(list(fits), desc="importance", unit="layer"):
+        found.sizes.append([0] * heads)
+        found.recent.append([0] * heads)
+        found.states.append([True] * heads)
+    fits = zip(_full_layers(config), parts, sizes, recent, states, strict=True)
+    for layer, (fitted, judged), own, newest, has_state in tqdm(
+        list(fits), desc="importance", unit="layer"
+    ):
         found.importance[layer] = weights = fit(fitted, own, options.seed)
         alone, total = (x / len(judged) for x in held(judged, own, None))
         weighted = held(judged, own, weights)[0] / len(judged)
         found.held[layer] = Held(total, alone, weighted)
         found.sizes[layer] = [x + y for x, y in zip(own, newest, strict=True)]
-        found.recent[layer] = newest
+        found.recent[layer], found.states[layer] = newest, has_state
     return found
+
+
+def _student(model: Path, found: Calibration, options: CalibrateOptions) -> Any:
+    """A LoLA model in transformers with a calibration."""
+    import transformers
+
+    student: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        model, dtype=getattr(torch, options.dtype)
+    ).eval()
+    student.config.lola_config = found.keys
+    student.config.facts = replace(student.config.facts, importance=True)
+    for layer, weights in found.importance.items():
+        attentions(student)[layer].importance = torch.nn.Parameter(weights)
+    return student
+
+
+def _pairs_for_states(config: DecoderConfig, states: list[list[bool]]) -> int:
+    """Pairs of a KV head, on average over all layers that do not slide, for which there is room
+    without some hidden states in a model that is served in bfloat16.
+
+    Args:
+        config: with sizes, and all hidden states. states: by layer that does not slide.
+    """
+    full = _full_layers(config)
+    flags = [[True] * config.num_key_value_heads for _ in range(config.num_hidden_layers)]
+    for layer, own in zip(full, states, strict=True):
+        flags[layer] = own
+
+    def size(**keys: Any) -> int:
+        other = copy.deepcopy(config)
+        other.lola_config = keys
+        return SequenceLayout(layer_layouts(other, torch.bfloat16)).row_bytes
+
+    sizes: list[list[int]] = config.lola_config["sparse_cache_size"]
+    many = PART_ALIGNMENT  # of which no page is padded more or less
+    more = [[x + many * (i in full) for x in own] for i, own in enumerate(sizes)]
+    whole = size()
+    return (whole - size(hidden_state=flags)) * many // (size(sparse_cache_size=more) - whole)
 
 
 def _full_layers(config: Any) -> list[int]:
@@ -259,8 +361,10 @@ def report(found: Calibration) -> str:
     importance; the sizes as JSON."""
     columns = zip(*found.held.values(), strict=True)
     total, alone, weighted = (sum(float(x.sum()) for x in column) for column in columns)
-    total = max(total, 1e-9)
+    total, flags = max(total, 1e-9), [flag for own in found.states for flag in own]
+    have, every = sum(flags), len(flags)
     return (
         f"all heads hold {alone / total:.0%} of the long-range attention by error, "
-        f"{weighted / total:.0%} with importance\n\n{json.dumps(found.keys)}"
+        f"{weighted / total:.0%} with importance; {have} of {every} have a hidden state\n\n"
+        f"{json.dumps(found.keys)}"
     )

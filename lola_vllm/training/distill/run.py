@@ -207,12 +207,13 @@ def _write(
     importance: Mapping[str, Tensor],
     force: bool,
 ) -> DecoderConfig:
-    from lola_vllm.models.calibration import KEYS, apply_calibration
+    from lola_vllm.core.config import HEAD_KEYS
+    from lola_vllm.models.calibration import apply_calibration
     from lola_vllm.models.convert import convert_checkpoint
     from lola_vllm.models.staging import staged_directory
 
     keys = dict(options.lola_config)
-    calibrated = {key: keys.pop(key) for key in KEYS if importance and key in keys}
+    calibrated = {key: keys.pop(key) for key in HEAD_KEYS if importance and key in keys}
     with staged_directory(out, force=force, inputs=[base]) as staging:
         config = convert_checkpoint(
             base, maps, staging, keys, lora, lora_alpha=options.lora_alpha if lora else None

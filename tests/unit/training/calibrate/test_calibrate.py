@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lola_vllm.command import cli
+from lola_vllm.core.config import HEAD_KEYS
 from lola_vllm.core.ops.reference import feature_map, pair_importance, self_recall_error
 from lola_vllm.engine.hf.attention import order_heads
 from lola_vllm.engine.hf.modeling import LolaForCausalLM
@@ -43,14 +44,6 @@ from lola_vllm.training.calibrate.prompts import (
 from lola_vllm.training.calibrate.reader import ATTENTION, attention, read
 from lola_vllm.training.calibrate.sizes import AttentionGains, divide, divide_among
 from lola_vllm.training.texts import SEPARATOR, is_held_out
-from tests.unit.training.distill.test_distill import write_base
-
-
-@pytest.fixture
-def base(tmp_path) -> Path:
-    """Its tokens are letters: token i is chr(33 + i), if i < 64."""
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "head_dim": 8}
-    return write_base(tmp_path / "base", **sizes, max_position_embeddings=2048)
 
 
 def test_pairs_are_as_good_as_any_other_choice():
@@ -82,7 +75,7 @@ def _gains(facts: list[list[float]], plain: list[list[float]]) -> AttentionGains
     def read(attention: list[list[float]], of_facts: bool) -> PromptReads:
         x = torch.tensor(attention)
         errors = -torch.arange(x.shape[1]) * torch.ones(x.shape)
-        return PromptReads(torch.zeros(*x.shape, 3), errors, x, of_facts)
+        return PromptReads(torch.zeros(*x.shape, 3), errors, errors, x, of_facts)
 
     return AttentionGains([read(facts, True), read(plain, False), read(facts, True)], None)
 
@@ -91,7 +84,8 @@ def test_gains_are_the_attention_by_rank():
     generator = torch.Generator().manual_seed(9)
     reads = [
         PromptReads(torch.randn(2, n, 3, generator=generator).half(),
-             torch.randn(2, n, generator=generator), torch.rand(2, n, generator=generator), facts)
+             torch.randn(2, n, generator=generator), torch.zeros(2, n),
+             torch.rand(2, n, generator=generator), facts)
         for n, facts in ((7, True), (5, True), (6, False))
     ]  # fmt: skip
     weights = torch.randn(2, 4, generator=generator)
@@ -189,9 +183,10 @@ def test_errors_are_those_in_a_state_of_all_other_pairs(state_heads):
     generator = torch.Generator().manual_seed(6)
     k, v = torch.randn(2, 2, 9, 8, generator=generator, dtype=torch.float64)
     maps = torch.randn(state_heads, 8, 5, generator=generator, dtype=torch.float64)
-    found = errors_of_others(k, v, maps)
+    found, without = errors_of_others(k, v, maps)
     assert found.shape == (2, 9)
     group = state_heads // 2
+    torch.testing.assert_close(without, v.norm(dim=-1) if group == 1 else torch.ones(2, 9).double())
     for head in range(2):
         for token in (0, 4, 8):
             others = [t for t in range(9) if t != token]
@@ -225,7 +220,8 @@ def _reads(number: int, heads: int = 2, tokens: int = 400) -> list[PromptReads]:
         told = torch.stack([x[0, :, 1], -x[1, :, 2]])
         attention = (told > 1.5).float() * torch.rand(heads, tokens, generator=generator)
         log_errors = 0.2 * torch.randn(heads, tokens, generator=generator)
-        found.append(PromptReads(x.half() * 3 + 1, log_errors, attention, bool(i % 4)))
+        of_facts = bool(i % 4)
+        found.append(PromptReads(x.half() * 3 + 1, log_errors, log_errors, attention, of_facts))
     return found
 
 
@@ -280,21 +276,6 @@ def test_plain_text_is_read_anywhere_and_facts_where_they_are(base):
     assert (of_all[1][:, 170 - SKIPPED_TOKENS :] == 0).all()
 
 
-@pytest.fixture
-def texts(tmp_path) -> Path:
-    """Documents that say a third of themselves twice."""
-    generator = torch.Generator().manual_seed(2)
-    documents = []
-    for _ in range(60):
-        codes = torch.randint(64, (200,), generator=generator).tolist()
-        text = "".join(chr(33 + code) for code in codes)
-        documents.append(text + text[:100])
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    (folder / "a.txt").write_text(SEPARATOR.join(documents), encoding="utf-8")
-    return folder
-
-
 def _importance(model: Path) -> list[torch.Tensor]:
     with open_weights(model / "model.safetensors") as file:
         return [file.get_tensor(f"model.layers.{i}.self_attn.importance") for i in range(3)]
@@ -333,7 +314,7 @@ def test_command_writes_sizes_and_importance(base, texts, tmp_path, capsys):
     for x, y in zip(first, _importance(model), strict=True):
         assert x.equal(y)
     saved, tensors = load_calibration(tmp_path / "found.safetensors")
-    assert saved == {key: lola[key] for key in ("sparse_cache_size", "recent_size")}
+    assert saved == {key: lola[key] for key in HEAD_KEYS} and lola["hidden_state"] is True
     assert sorted(tensors) == sorted(importance_tensors(dict(enumerate(first))))
     assert tensors["model.layers.2.self_attn.importance"].equal(first[2])
     served = LolaForCausalLM.from_pretrained(model)
@@ -388,6 +369,7 @@ def test_importance_is_fitted_to_the_models_own_pairs(base, texts, tmp_path):
         ({"recent": -1}, "recent = -1: must be of the kind of 0"),
         ({"prompts": 4}, "prompts = 4: must be at least 5"),
         ({"facts": 2}, "facts = 2: must be between 0 and 1"),
+        ({"state_worth": 0.1}, "state_worth = 0.1: heads are tried in a LoLA model; give one, or"),
         (
             {"facts": 0, "prompt_length": 80},
             "prompt_length = 80: too short for anything to leave the window",
