@@ -63,7 +63,8 @@ def score_tile(
     first_map = first_key_map(n, SHAPE)
     k, v = gather_pairs(pairs_at, e, ok, start, lam, cols, SHAPE)
     # Before the first fold H and s are leftovers, and count as zero.
-    num_features = tl.where(start - SHAPE.SINK_SIZE > lam, features_of(group_at), 0)
+    folded = (start - SHAPE.SINK_SIZE > lam) & (features_of(group_at) > 0)
+    num_features = tl.where(folded, SHAPE.FEATURE_DIM, 0)
     if SHAPE.HAS_SCORE_WEIGHTS:  # before the loop, for fewer registers in it
         weight = candidate_importance(
             ws_ptr, entries_of(page_at, group_at, SCORE_WEIGHTS, own_set, lam), k, v,

@@ -209,7 +209,7 @@ struct Group : Params {
   // --- what a token count says ---
 
   // Whether something was folded into H and s before there were more than n tokens.
-  LOLA_DEVICE bool any_folded(int64_t n) const { return layout.num_folded(n) > 0 && has_state(); }
+  LOLA_DEVICE bool any_folded(int64_t n) const { return has_state() && layout.num_folded(n) > 0; }
 
  private:
   template <typename T>

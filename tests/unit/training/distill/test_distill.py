@@ -369,5 +369,5 @@ def test_refusals_of_going_on(refused, trained, calibration, tmp_path):
     not_gone_on("row_length = 96: .*sparse cache 90 and", start=None)
     deeper = write_base(tmp_path / "deeper", num_hidden_layers=3)
     refused(
-        "2 numbers for 3 layers", base=deeper, options=GO_ON, start=work, calibration=calibration
+        "2 values for 3 layers", base=deeper, options=GO_ON, start=work, calibration=calibration
     )
