@@ -22,7 +22,10 @@ LOLA_HOST_DEVICE constexpr int64_t size_of(DType t) {
 // ten fields are byte offsets of the parts in the layer's bytes; every part is contiguous.
 struct PageLayout {
   int64_t num_heads, num_kv_heads, num_state_heads, num_sparse_heads, head_dim, feature_dim;
-  int64_t window_size, sparse_cache_size, recent_size, update_interval, sink_size;
+  int64_t window_size, sparse_cache_size, recent_size;
+  int64_t folds_after;  // pairs of a set that leave the window before any is folded; without a
+                        // hidden state none is
+  int64_t update_interval, sink_size;
   int64_t subtract_max;       // 1: mixing "lolcats"
   int64_t has_score_weights;  // 1: scores are weighted, and pages keep a weight per sparse pair
   int64_t rotated_map_after;  // pages with more tokens map keys by the second maps
@@ -73,11 +76,10 @@ struct PageLayout {
     return evicted < sparse_cache_size ? evicted : sparse_cache_size;
   }
 
-  // Pairs of a sparse set that are in H and s after n tokens. Without features (F = 0) there is no
-  // H, and they are dropped.
+  // Pairs of a sparse set that are in H and s after n tokens.
   LOLA_HOST_DEVICE int64_t num_folded(int64_t n) const {
-    const int64_t folded = window_start(n) - sink_size - sparse_cache_size;
-    return folded > 0 && feature_dim > 0 ? folded : 0;
+    const int64_t evicted = window_start(n) - sink_size;
+    return evicted > folds_after ? evicted - sparse_cache_size : 0;
   }
 
   // Whether the n-th token is followed by an update that evicts anything. A sliding layer, without
@@ -93,7 +95,7 @@ struct PageLayout {
   }
 };
 
-constexpr int64_t kTableFields = 28;
+constexpr int64_t kTableFields = 29;
 static_assert(sizeof(PageLayout) == kTableFields * sizeof(int64_t));
 
 }  // namespace lola

@@ -34,8 +34,8 @@ from lola_vllm.kernels.common import (
 )
 from lola_vllm.kernels.layer import (
     MIN_DOT,
+    any_folded,
     exact_row,
-    features_of,
     group_of,
     h_of,
     map_of,
@@ -171,8 +171,7 @@ def attend_block(
                 m, norm, acc = absorb(q, k, v, ok[None, :], scale, m, norm, acc, PRECISION)
 
     y = acc / norm[:, None]
-    # Whether something was folded in before this chunk.
-    if (first - SHAPE.SINK_SIZE > lam) & (features_of(group_at) > 0):
+    if any_folded(group_at, first, SHAPE):  # before this chunk
         if kept_at is None:
             own = head % heads_of_kv // (SHAPE.NUM_HEADS // SHAPE.NUM_STATE_HEADS)
             own += own_kv_head * (SHAPE.NUM_STATE_HEADS // SHAPE.NUM_KV_HEADS)
@@ -277,7 +276,7 @@ def attends_apart(layout: LayerLayout, num_rows: int, chunks: int, device: torch
     """
     if chunks < 2 or num_rows * layout.num_kv_heads >= num_processors(device):
         return False
-    d, F = layout.pages[0].head_dim, max(page.feature_dim for page in layout.pages)
+    d, F = layout.pages[0].head_dim, layout.feature_dim
     state = layout.num_state_heads * 2 * F * (d + 1)
     kept = 4 * (state + len(layout.sizes) * max(layout.sizes))
     return num_rows * (chunks + 1) * kept <= MAX_KEPT_BYTES
@@ -293,7 +292,7 @@ def num_chunks(page: StateLayout, tokens: int) -> int:
 def kept_buffers(layout: LayerLayout, chunks: int, device: torch.device) -> Kept:
     """Room for so many chunks in all."""
     Hs, sizes = layout.num_state_heads, layout.sizes
-    d, F = layout.pages[0].head_dim, max(page.feature_dim for page in layout.pages)
+    d, F = layout.pages[0].head_dim, layout.feature_dim
     return Kept(
         torch.empty(chunks, Hs, 2 * F, d, dtype=torch.float32, device=device),
         torch.empty(chunks, Hs, 2 * F, dtype=torch.float32, device=device),

@@ -24,9 +24,9 @@ from lola_vllm.kernels.layer import (
     EXACT_K,
     EXACT_V,
     MIN_DOT,
+    any_folded,
     exact_of,
     exact_row,
-    features_of,
     h_of,
     layer_shape,
     map_of,
@@ -162,8 +162,7 @@ def decode_kernel(
     y_lin = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     log_D = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     linear_here = part == (splits if SPLIT else 0)
-    # Whether something was folded in before this token.
-    if linear_here & (first - SHAPE.SINK_SIZE > lam) & (features_of(group_at) > 0):
+    if linear_here & any_folded(group_at, first, SHAPE):  # before this token
         feats = tl.arange(0, BLOCK_F)
         feat_ok = feats < F
         w_ok = col_ok[:, None] & feat_ok[None, :]

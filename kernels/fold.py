@@ -32,8 +32,8 @@ from lola_vllm.kernels.layer import (
     POSITIONS,
     RECENT_SIZE,
     SCORE_WEIGHTS,
+    any_folded,
     entries_of,
-    features_of,
     first_key_map,
     h_of,
     map_of,
@@ -63,8 +63,7 @@ def score_tile(
     first_map = first_key_map(n, SHAPE)
     k, v = gather_pairs(pairs_at, e, ok, start, lam, cols, SHAPE)
     # Before the first fold H and s are leftovers, and count as zero.
-    folded = (start - SHAPE.SINK_SIZE > lam) & (features_of(group_at) > 0)
-    num_features = tl.where(folded, SHAPE.FEATURE_DIM, 0)
+    num_features = tl.where(any_folded(group_at, start, SHAPE), SHAPE.FEATURE_DIM, 0)
     if SHAPE.HAS_SCORE_WEIGHTS:  # before the loop, for fewer registers in it
         weight = candidate_importance(
             ws_ptr, entries_of(page_at, group_at, SCORE_WEIGHTS, own_set, lam), k, v,
@@ -172,17 +171,16 @@ def fold_set(
         scores_at, positions_at, folded_at, new_at, free_at, start, stop, lam, recent, SHAPE,
         BLOCK_A,
     )  # fmt: skip
+    num_folded = tl.where(any_folded(group_at, stop, SHAPE), num_folded, 0)  # or forgotten
     tl.debug_barrier()  # the lists are read by other threads than wrote them
 
     pairs_at = set_at(page_at, group_at, own_set, own_kv_head, lam, SHAPE)
     first_map = first_key_map(n, SHAPE)
     # Before the first fold H and s are leftovers, and count as zero.
     live = feats < tl.where(start - SHAPE.SINK_SIZE > lam, F, 0)
-    # Two halves of the features for each state head, so that a half of H fits registers. Without a
-    # hidden state the others are dropped.
-    folds = (num_folded > 0) & (features_of(group_at) > 0)
+    # Two halves of the features for each state head, so that a half of H fits registers.
     for half in tl.range(
-        0, tl.where(folds, 2 * SHAPE.STATES_PER_SET, 0), num_stages=1, disable_licm=True
+        0, tl.where(num_folded > 0, 2 * SHAPE.STATES_PER_SET, 0), num_stages=1, disable_licm=True
     ):
         sign = 1.0 - 2.0 * (half % 2)
         w_at = map_of(wk_ptr, first_map + sparse_head * SHAPE.STATES_PER_SET + half // 2, SHAPE)

@@ -34,7 +34,7 @@ NUM_FIELDS = tl.constexpr(len(TABLE_FIELDS))
 GROUP_KV_HEADS = tl.constexpr(TABLE_FIELDS.index("num_kv_heads"))
 SPARSE_SIZE = tl.constexpr(TABLE_FIELDS.index("sparse_cache_size"))
 RECENT_SIZE = tl.constexpr(TABLE_FIELDS.index("recent_size"))
-NUM_FEATURES = tl.constexpr(TABLE_FIELDS.index("feature_dim"))
+FOLDS_AFTER = tl.constexpr(TABLE_FIELDS.index("folds_after"))
 PART_H = tl.constexpr(TABLE_FIELDS.index("H"))
 PART_S = tl.constexpr(TABLE_FIELDS.index("s"))
 POSITIONS = tl.constexpr(TABLE_FIELDS.index("positions"))
@@ -93,7 +93,7 @@ def layer_shape(layout: LayerLayout, num_heads: int, rotated_map_after: int = NE
     Args:
         num_heads: Hq of the layer. rotated_map_after: see `LayerShape`.
     """
-    page, feature_dim = layout.pages[0], max(page.feature_dim for page in layout.pages)
+    page = layout.pages[0]
     num_sets = sum(page.num_sparse_heads for page in layout.pages)
     return LayerShape(
         WINDOW_SIZE=page.window_size,
@@ -104,7 +104,7 @@ def layer_shape(layout: LayerLayout, num_heads: int, rotated_map_after: int = NE
         NUM_STATE_HEADS=layout.num_state_heads,
         NUM_SPARSE_HEADS=num_sets,
         HEAD_DIM=page.head_dim,
-        FEATURE_DIM=feature_dim,
+        FEATURE_DIM=layout.feature_dim,
         HAS_SCORE_WEIGHTS=int(page.has_score_weights),
         INT8_PAIRS=int(page.int8_pairs),
         KV_TYPE=DTYPES[page.kv_dtype],
@@ -113,7 +113,7 @@ def layer_shape(layout: LayerLayout, num_heads: int, rotated_map_after: int = NE
         STATES_PER_SET=layout.num_state_heads // num_sets,
         SETS_PER_KV_HEAD=num_sets // layout.num_kv_heads,
         BLOCK_D=max(MIN_DOT, triton.next_power_of_2(page.head_dim)),
-        BLOCK_F=max(MIN_DOT, triton.next_power_of_2(feature_dim)),
+        BLOCK_F=max(MIN_DOT, triton.next_power_of_2(layout.feature_dim)),
     )
 
 
@@ -141,9 +141,9 @@ def num_entries(group_at):
 
 
 @triton.jit
-def features_of(group_at):
-    """F of a group; 0 where it has no hidden state."""
-    return tl.load(group_at + NUM_FEATURES).to(tl.int32)
+def any_folded(group_at, start, SHAPE: tl.constexpr):
+    """Whether something was folded in H and s of a group before its window began at `start`."""
+    return start - SHAPE.SINK_SIZE > tl.load(group_at + FOLDS_AFTER).to(tl.int32)
 
 
 @triton.jit

@@ -28,9 +28,9 @@ from lola_vllm.kernels.layer import (
     SCORE_WEIGHTS,
     SPARSE_K,
     SPARSE_K_SCALE,
+    any_folded,
     entries_of,
     exact_of,
-    features_of,
     h_of,
     layer_shape,
     num_entries,
@@ -202,16 +202,17 @@ def shift_kernel(
                 w = tl.load(at, mask=e < lam, other=0.0)
                 tl.store(at, w * factor, mask=e < lam)
 
-    F = features_of(group_at)
+    folded = any_folded(group_at, window_start(n, SHAPE), SHAPE)
+    rows = tl.where(folded, 2 * SHAPE.FEATURE_DIM, 0)  # of H
     for i in range(STATES):
         head = kv_head * STATES + i
         h_at, s_at = h_of(page_at, group_at, head, SHAPE), s_of(page_at, group_at, head, SHAPE)
-        for first in tl.range(begin, 2 * F, step, num_stages=1):
+        for first in tl.range(begin, rows, step, num_stages=1):
             f = first + lanes
-            ok = (f < 2 * F)[:, None] & (cols < D)[None, :]
+            ok = (f < rows)[:, None] & (cols < D)[None, :]
             at = h_at + f[:, None] * D + cols[None, :]
             tl.store(at, tl.load(at, mask=ok, other=0.0) * decay, mask=ok)
-            tl.store(s_at + f, tl.load(s_at + f, mask=f < 2 * F, other=0.0) * decay, mask=f < 2 * F)
+            tl.store(s_at + f, tl.load(s_at + f, mask=f < rows, other=0.0) * decay, mask=f < rows)
 
 
 def shift_layers(layers: Sequence[LayerState], state_indices: Tensor, num_tokens: Tensor) -> None:

@@ -292,12 +292,11 @@ void decide_update(const Call& call, const UpdatePoint& at, UpdateWorkspace<T>& 
   }
 }
 
-// Carries out what decide_update() found at the same point. Without features nothing is folded.
+// Carries out what decide_update() found at the same point.
 template <typename T>
 void commit_update(const UpdatePoint& at, UpdateWorkspace<T>& x) {
   const Candidates c(at);
-  const int64_t states =
-      x.num_folded > 0 && c.layout.feature_dim > 0 ? c.layout.states_per_set() : 0;
+  const int64_t states = c.layout.num_folded(at.n) > 0 ? c.layout.states_per_set() : 0;
   for (int64_t j = 0; j < states; ++j) {
     fold(c, j, at.n / c.layout.update_interval, x);
   }

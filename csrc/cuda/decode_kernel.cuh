@@ -269,6 +269,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, HEADS, INT8>)
   }
   const int64_t position = params.seq_lens[row] - 1;
   const Pairs<T> pairs(whole, row, params.state_indices[row], set, position);
+  const bool folded = whole.any_folded(position);
   const int keys = (pairs.count + whole.own_splits() - 1) / whole.own_splits();
   const int key0 = keys * split;
   const int key1 = key0 + keys < pairs.count ? key0 + keys : pairs.count;
@@ -286,7 +287,6 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, HEADS, INT8>)
     const int splits = p.own_splits();
     const int features = (2 * p.feature_dim() + splits - 1) / splits, f0 = features * split;
     const int f1 = f0 + features < 2 * p.feature_dim() ? f0 + features : 2 * p.feature_dim();
-    const bool folded = p.any_folded(p.seq_lens[row] - 1);
     for (int i = thread; folded && i < (f1 - f0) * heads.count; i += kDecodeThreads) {
       const int h = i / (f1 - f0), f = i % (f1 - f0);
       phi[f * HEADS + h] = p.phi_of(row, head0 + first + h)[f0 + f];

@@ -125,8 +125,6 @@ struct Group : Params {
   }
 
   LOLA_DEVICE int sparse_cache_size() const { return static_cast<int>(layout.sparse_cache_size); }
-  // Whether pages have H and s; layout.feature_dim is that of the layer's maps.
-  LOLA_DEVICE bool has_state() const { return number(&PageLayout::feature_dim) > 0; }
   // Whether a page keeps a weight of each sparse pair's score.
   LOLA_DEVICE bool weighted() const {
     return layout.has_score_weights != 0 && layout.sparse_cache_size > 0;
@@ -209,7 +207,9 @@ struct Group : Params {
   // --- what a token count says ---
 
   // Whether something was folded into H and s before there were more than n tokens.
-  LOLA_DEVICE bool any_folded(int64_t n) const { return has_state() && layout.num_folded(n) > 0; }
+  LOLA_DEVICE bool any_folded(int64_t n) const {
+    return layout.window_start(n) - layout.sink_size > number(&PageLayout::folds_after);
+  }
 
  private:
   template <typename T>

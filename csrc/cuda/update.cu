@@ -236,7 +236,7 @@ LOLA_DEVICE void choose_and_fold(const Params& params, char* memory) {
   const bool fresh = !p.any_folded(n - p.layout.update_interval);
   list(c, choose(p, c, x, scratch), x, scratch);
   __syncthreads();
-  const int states = p.has_state() ? p.states_per_set() : 0;  // else the others are dropped
+  const int states = p.any_folded(n) ? p.states_per_set() : 0;
   for (int j = 0; j < states; ++j) {
     fold(p, c, set * p.states_per_set() + j, n / p.layout.update_interval, x.counts[0], fresh, x,
          scratch.folded);

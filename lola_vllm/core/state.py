@@ -71,9 +71,9 @@ PARTS = StateViews._fields  # the parts of a page, in its order
 # order. A name of `PARTS` stands for the byte offset of that part in the layer's bytes.
 TABLE_FIELDS = (
     "num_heads", "num_kv_heads", "num_state_heads", "num_sparse_heads", "head_dim", "feature_dim",
-    "window_size", "sparse_cache_size", "recent_size", "update_interval", "sink_size",
-    "subtract_max", "has_score_weights", "rotated_map_after", "kv_dtype", "sparse_dtype",
-    "state_dtype", "page_bytes", *PARTS,
+    "window_size", "sparse_cache_size", "recent_size", "folds_after", "update_interval",
+    "sink_size", "subtract_max", "has_score_weights", "rotated_map_after", "kv_dtype",
+    "sparse_dtype", "state_dtype", "page_bytes", *PARTS,
 )  # fmt: skip
 
 NEVER = 2**62  # as many tokens no page has
@@ -158,6 +158,12 @@ class StateLayout:
         """The dtype of the keys and values in the sparse cache."""
         return torch.int8 if self.int8_pairs else self.kv_dtype
 
+    @property
+    def folds_after(self) -> int:
+        """Pairs of a sparse set that leave the window before any is folded: lam, or without a
+        hidden state more than there are int32 positions for."""
+        return self.sparse_cache_size if self.feature_dim else 2**31 - 1
+
     @cached_property
     def parts(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name -> (shape, dtype) of each part, in page order (the fields of `StateViews`)."""
@@ -232,6 +238,7 @@ class StateLayout:
             **self.__dict__,
             **{name: offset + start for name, start in self.offsets.items()},
             "num_heads": num_heads,
+            "folds_after": self.folds_after,
             "subtract_max": subtract_max,
             "rotated_map_after": rotated_map_after,
             "kv_dtype": DTYPE_CODES[self.kv_dtype],
@@ -359,9 +366,14 @@ class LayerLayout:
         return sum(page.num_state_heads for page in self.pages)
 
     @property
+    def feature_dim(self) -> int:
+        """F of the heads that have a hidden state; 0 where none has."""
+        return max(page.feature_dim for page in self.pages)
+
+    @property
     def slides(self) -> bool:
         """Whether this is a sliding layer: a window alone."""
-        return not self.pages[0].feature_dim and not self.pages[0].sparse_cache_size
+        return not self.feature_dim and not self.pages[0].sparse_cache_size
 
     @property
     def sizes(self) -> list[int]:

@@ -8,12 +8,10 @@ import torch
 from torch import nn
 
 from lola_vllm.evaluation import EvalError
+from lola_vllm.models.schema import CLOSED_FACTOR
 
 # What `without` of a setting may name.
 HIDDEN_STATE, IMPORTANCE = "hidden-state", "importance"
-# A logit of the gate: exact pairs weigh e^60 times what the hidden state does, which is lost in
-# rounding. It still has an exponential in float32.
-_CLOSED = 60.0
 
 
 def parts_of(without: str) -> list[str]:
@@ -51,7 +49,7 @@ def leave_out(model: nn.Module, without: str) -> None:
                     f"without = {without!r}: mixing = {layer.lola.mixing!r} counts the hidden "
                     "state whatever the gate is; leave this out for such models"
                 )
-            layer.window_factors.fill_(_CLOSED)
+            layer.window_factors.fill_(CLOSED_FACTOR)
         if IMPORTANCE in parts and layer.importance is not None:
             layer.importance.zero_()
         if hasattr(layer, "weights_changed"):

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 LOLA_TENSORS = ("feature_map_q", "feature_map_k", "window_factors")
 OUTPUT_PROJECTIONS = ("o_proj", "dense", "out_proj")  # what families call it in `self_attn`
+# A window factor with which exact pairs weigh e^60 times what the hidden state does, which is lost
+# in rounding. It still has an exponential in float32.
+CLOSED_FACTOR = 60.0
 WINDOW_FACTOR_INIT = -2.1972245773362196  # sigmoid of it is 0.1, where LoLCATs starts training
 
 _SHOWN = 10  # faults of a kind that a message lists

@@ -52,10 +52,8 @@ def test_every_kernel_is_there_and_spills_nothing(compiled):
         *(f"update_kernel<{t}, {int8}>" for t in types for int8 in ("false", "true")),
     }
     assert {row["arch"] for row in rows} == {ARCH} and len(rows) == len(names)
-    # One kernel spills two registers since a group may have no hidden state.
-    spilled = {row["name"]: row["stack"] for row in rows if row["stack"]}
-    assert all(spilled.get(row["name"]) for row in rows if row["spill_stores"] + row["spill_loads"])
-    assert spilled.items() <= {("decode_kernel<Bf16, 64, 4, false>", 8)}
+    spilling = [row for row in rows if row["spill_stores"] or row["spill_loads"] or row["stack"]]
+    assert spilling == []
     assert all(0 < row["registers"] <= 255 for row in rows)
 
 

@@ -12,10 +12,7 @@ SPILLED = {
     "prefill": (16, 0, 0),
     "prefill, apart": (32, 40, 72),  # beside that, pointers to what is kept
     "prefill, int8": (40, 64, 128),
-    "prefill, apart, int8": (8, 64, 72),
-    # Whether a group has a hidden state is known at run time alone.
-    "score": (0, 24, 0),
-    "score, weighted": (8, 0, 0),
+    "prefill, apart, int8": (8, 40, 72),
     "shift, int8": (0, 8, 0),
 }
 ARCHS = (80, 90, 100)

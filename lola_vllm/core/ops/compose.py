@@ -91,11 +91,11 @@ class Composer:
         self._rotated_map_after = weights[0].rotated_map_after
         pages = sequence.layouts
         self._layout, self._parts = pages[0], StateParts(pages)
-        # Of all pages: `lam` of each sparse set and whether it has a hidden state, and state heads,
-        # sparse sets per KV head.
+        # Of all pages: `lam` of each sparse set and when it folds, and state heads, sparse sets per
+        # KV head.
         of_sets = [page for page in pages for _ in range(page.num_sparse_heads)]
         self._lam = [page.sparse_cache_size for page in of_sets]
-        self._folds = [page.feature_dim > 0 for page in of_sets]
+        self._folds_after = [page.folds_after for page in of_sets]
         self._share = self._layout.num_state_heads // self._layout.num_sparse_heads
         self._per_kv = self._layout.num_sparse_heads // self._layout.num_kv_heads
         self._kv_heads = range(len(self._lam) // self._per_kv)
@@ -186,7 +186,7 @@ class Composer:
         for index, lam in enumerate(self._lam):
             room = min(composition.num_evicted, lam)
             size = leaving + sum(min(n, lam) for n in composition.evicted)
-            folds = composition.num_evicted > lam and self._folds[index]
+            folds = composition.num_evicted > self._folds_after[index]
             kind = folds, folds and max(composition.evicted) > lam
             run = open_runs.pop(kind, None)
             if run is not None and sum(run.sizes) + size > RUN_PAIRS:

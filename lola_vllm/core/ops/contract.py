@@ -150,8 +150,8 @@ class LolaWeights:
     def check(self, layout: LayerLayout, pages: Tensor) -> None:
         """Raise what `LayerState.bind` raises."""
         page = layout.pages[0]
-        d, F = page.head_dim, max(x.feature_dim for x in layout.pages)
-        F = F or self.feature_map_q.shape[-1]  # maps that no head uses
+        d = page.head_dim
+        F = layout.feature_dim or self.feature_map_q.shape[-1]  # maps that no head uses
         Hq, Hs, Hkv = self.num_heads, layout.num_state_heads, layout.num_kv_heads
         Hg = len(layout.sizes)
         if Hq % Hs or Hs % Hg or Hg % Hkv:

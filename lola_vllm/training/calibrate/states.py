@@ -19,12 +19,10 @@ from tqdm import tqdm
 
 from lola_vllm.engine.hf import LolaCache
 from lola_vllm.engine.hf.attention import attentions
+from lola_vllm.models.schema import CLOSED_FACTOR
 
 PROMPTS = 6  # of plain text
 LAST = 96  # tokens of each that are predicted again and again
-# A logit of a gate: exact pairs weigh e^60 times what the hidden state does, which is lost in
-# rounding. It still has an exponential in float32.
-CLOSED = 60.0
 
 
 @torch.no_grad()
@@ -71,7 +69,7 @@ def closed(attention: Any, head: int, heads: int) -> Iterator[None]:
     """A layer whose KV head `head` of so many counts its exact pairs alone."""
     gates = attention.window_factors.data.unflatten(0, (heads, -1))[head]
     before = gates.clone()
-    gates.fill_(CLOSED)
+    gates.fill_(CLOSED_FACTOR)
     try:
         yield
     finally:

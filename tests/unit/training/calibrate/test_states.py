@@ -14,10 +14,11 @@ from lola_vllm.engine.hf.attention import attentions
 from lola_vllm.models.calibration import importance_tensors, write_calibrated
 from lola_vllm.models.files import CheckpointError
 from lola_vllm.models.init import init_checkpoint
+from lola_vllm.models.schema import CLOSED_FACTOR
 from lola_vllm.training.calibrate.importance import PromptReads, without_states
 from lola_vllm.training.calibrate.options import CalibrateOptions
 from lola_vllm.training.calibrate.run import calibrate
-from lola_vllm.training.calibrate.states import CLOSED, LAST, state_worths
+from lola_vllm.training.calibrate.states import LAST, state_worths
 
 LOLA = {"window_size": 16, "sparse_cache_size": [[24, 400], 24, 24], "update_interval": 16}
 
@@ -28,7 +29,7 @@ def test_worth_is_the_divergence_that_closing_a_head_adds(base, tmp_path):
     softmax = AutoModelForCausalLM.from_pretrained(base).eval()
     gates = [layer.window_factors.data for layer in attentions(model)]
     heads = len(gates[0]) // 2
-    gates[1][:heads] = CLOSED  # nothing is lost there
+    gates[1][:heads] = CLOSED_FACTOR  # nothing is lost there
     before = [x.clone() for x in gates]
     ids = torch.randint(64, (3, 300), generator=torch.Generator().manual_seed(3))
     worths = state_worths(model, softmax, ids.tolist())
@@ -45,7 +46,7 @@ def test_worth_is_the_divergence_that_closing_a_head_adds(base, tmp_path):
         return (truth.exp() * (truth - found)).sum(-1).mean()
 
     whole = divergence()
-    gates[2][heads:] = CLOSED
+    gates[2][heads:] = CLOSED_FACTOR
     assert worths[2][1] == pytest.approx(float(divergence() - whole), rel=0.05, abs=1e-5)
 
 
