@@ -146,14 +146,15 @@ class RecallPlan(RecallRows):
         self, model: EngineModel, done: Collection[tuple[Any, ...]] = ()
     ) -> Iterator[list[Row]]:
         """Ask all questions, short prompts first, `model.batch` at once; see `Plan`."""
-        for prompts, room in self._cells(model.tokenizer):
+        for prompts, room in self.prompts(model.tokenizer):
             todo = [p for p in prompts if (p.task, p.length, p.aim, p.index) not in done]
             for at in range(0, len(todo), model.batch):
                 batch = todo[at : at + model.batch]
                 answers = model.complete([prompt.ids for prompt in batch], room)
-                yield [_row(p, a) for p, a in zip(batch, answers, strict=True)]
+                yield [answer_row(p, a) for p, a in zip(batch, answers, strict=True)]
 
-    def _cells(self, tokenizer: Tokenizer) -> Iterator[tuple[list[Prompt], int]]:
+    def prompts(self, tokenizer: Tokenizer) -> Iterator[tuple[list[Prompt], int]]:
+        """The prompts of each cell, and room for an answer in tokens."""
         tasks = find_tasks(self.tasks)
         texts = {kind: self._text(kind) for kind in {task.needs for task in tasks} if kind}
         spread = 0 if self.lengths else SPREAD
@@ -172,7 +173,7 @@ class RecallPlan(RecallRows):
         return kind([document for of_file in files.values() for document in of_file])
 
 
-def _row(prompt: Prompt, answer: str) -> Row:
+def answer_row(prompt: Prompt, answer: str) -> Row:
     """A sample's line in the results."""
     return {
         "task": prompt.task,

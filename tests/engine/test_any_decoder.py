@@ -18,8 +18,7 @@ from vllm import SamplingParams, TokensPrompt
 
 import lola_vllm.engine.hf  # noqa: F401  (makes transformers know LoLA models)
 from lola_vllm.models.init import init_checkpoint
-from tests.engine.test_sessions import ask, store_options
-from tests.support.engine import engine
+from tests.support.engine import ask, engine, store_options
 from tests.support.families import make_base
 
 LENGTH, NEW = 170, 12  # past the first context shift, at 128 tokens, and the second

@@ -7,8 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lola_vllm.engine.hf import LolaCache
-from tests.engine.test_sessions import ask, store_options
-from tests.support.engine import engine, scheduler
+from tests.support.engine import ask, engine, scheduler, store_options
 from tools.support.tiny import make_tiny, random_prompts
 
 LOLA = {

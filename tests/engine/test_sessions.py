@@ -5,32 +5,21 @@ import threading
 import pytest
 from vllm import SamplingParams, TokensPrompt
 
-from tests.support.engine import GREEDY, block_pool, engine, scheduler, state_manager
+from tests.support.engine import (
+    GREEDY,
+    ask,
+    block_pool,
+    engine,
+    scheduler,
+    state_manager,
+    store_options,
+)
 from tools.support.tiny import make_tiny, random_prompts
 
 LOLA = {"window_size": 16, "sparse_cache_size": 24, "sink_size": 2}
 NEW = 12
 BASE = {"max_num_batched_tokens": 64, "max_num_seqs": 8}
 CACHED = {**BASE, "enable_prefix_caching": True, "block_size": 32, "max_num_batched_tokens": 128}
-
-
-def store_options(directory=None, ram="64MiB", **more):
-    lola = {"state_ram": ram, "store": "all", **more}
-    if directory is not None:
-        lola["state_dir"] = str(directory)
-    return {"additional_config": {"lola": lola}}
-
-
-def ask(llm, prompt, new=NEW, salt=None, lora=None, **lola):
-    """Greedy tokens, and what the answer says of the store."""
-    extra = {"kv_transfer_params": {"lola": {k.strip("_"): v for k, v in lola.items()}}}
-    params = SamplingParams(max_tokens=new, extra_args=extra, **GREEDY)
-    request = TokensPrompt(prompt_token_ids=prompt)
-    if salt:
-        request["cache_salt"] = salt
-    (output,) = llm.generate([request], params, use_tqdm=False, lora_request=lora)
-    told = (output.kv_transfer_params or {}).get("lola")
-    return list(output.outputs[0].token_ids), told
 
 
 @pytest.fixture(scope="module")

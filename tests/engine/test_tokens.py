@@ -9,12 +9,12 @@ from vllm import SamplingParams, TokensPrompt
 from vllm.compilation.counter import compilation_counter
 
 from lola_vllm.engine.vllm.attention import OP
-from tests.engine.test_sessions import store_options
 from tests.support.engine import (
     GREEDY,
     engine,
     generate,
     metric,
+    store_options,
 )
 from tests.support.oracle import Oracle, assert_obeys
 from tools.support.tiny import make_tiny, random_prompts

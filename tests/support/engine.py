@@ -117,6 +117,33 @@ def generate(
     return [list(o.outputs[0].token_ids) for o in llm.generate(requests, params, use_tqdm=False)]
 
 
+def store_options(
+    directory: Any = None, ram: str = "64MiB", **more: Any
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Options of an engine that stores all states, in memory and in a directory if one is given."""
+    lola = {"state_ram": ram, "store": "all", **more}
+    if directory is not None:
+        lola["state_dir"] = str(directory)
+    return {"additional_config": {"lola": lola}}
+
+
+def ask(
+    llm: LLM, prompt: list[int], new: int = 12, salt: str = "", lora: Any = None, **lola: Any
+) -> tuple[list[int], Any]:
+    """Greedy tokens, and what the answer says of the store.
+
+    Args:
+        lola: what is asked of the store, such as `from_`.
+    """
+    extra = {"kv_transfer_params": {"lola": {k.strip("_"): v for k, v in lola.items()}}}
+    params = SamplingParams(max_tokens=new, extra_args=extra, **GREEDY)
+    request = TokensPrompt(prompt_token_ids=prompt)
+    if salt:
+        request["cache_salt"] = salt
+    (output,) = llm.generate([request], params, use_tqdm=False, lora_request=lora)
+    return list(output.outputs[0].token_ids), (output.kv_transfer_params or {}).get("lola")
+
+
 def prompt_logprobs(
     llm: LLM, prompts: list[list[int]], max_tokens: int = 1
 ) -> tuple[list[list[int]], list[list[float]]]:
