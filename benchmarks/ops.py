@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable
 import torch
 from common import parser_of, write_report
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops import (
     Backend,
     DecodeBatch,

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lola_vllm.core.config import DecoderConfig, LolaConfig
+    from lola_vllm.core.config import DecoderConfig
+    from lola_vllm.core.lola_config import LolaConfig
 
 
 def add_lola_config(parser: argparse._ActionsContainer) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lola_vllm.core.config import LolaConfig, LolaConfigError
+from lola_vllm.core.lola_config import LolaConfig, LolaConfigError
 
 
 def heads_divide(ranks: int, num_heads: int, num_kv_heads: int, num_state_heads: int) -> bool:

@@ -44,7 +44,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 
 PART_ALIGNMENT = 64  # bytes; a cache line, and a multiple of every vector width used
 PAGE_ALIGNMENT = 256  # bytes

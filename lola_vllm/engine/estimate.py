@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from lola_vllm.core.cli_options import sparse_cache
-from lola_vllm.core.config import DecoderConfig, default_context_shift
+from lola_vllm.core.config import DecoderConfig
 from lola_vllm.core.layers import layer_layouts
+from lola_vllm.core.lola_config import default_context_shift
 from lola_vllm.core.model_types import LOLA_TYPES
 from lola_vllm.core.ranks import check_ranks, heads_divide
 from lola_vllm.core.state import SequenceLayout

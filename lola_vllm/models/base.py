@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lola_vllm.core.config import (
+from lola_vllm.core.config import DecoderConfig
+from lola_vllm.core.lola_config import (
     SEVERAL_TABLES,
-    DecoderConfig,
     LolaConfig,
     LolaConfigError,
     default_context_shift,

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lola_vllm.core.config import HEAD_KEYS, DecoderConfig
+from lola_vllm.core.config import DecoderConfig
+from lola_vllm.core.lola_config import HEAD_KEYS
 from lola_vllm.core.model_types import LOLA_TYPES
 from lola_vllm.models.files import (
     INDEX_NAME,

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lola_vllm.core.compact_json import compact_lists
-from lola_vllm.core.config import DecoderConfig, LolaConfig, TensorFacts
+from lola_vllm.core.config import DecoderConfig, TensorFacts
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.models.base import (
     parse_config,
     read_base_config,

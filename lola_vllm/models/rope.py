@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lola_vllm.core.config import SEVERAL_TABLES, LolaConfigError, no_one_table
+from lola_vllm.core.lola_config import SEVERAL_TABLES, LolaConfigError, no_one_table
 
 
 @dataclass(frozen=True, eq=False)

@@ -42,7 +42,7 @@ def expected_tensors(config: DecoderConfig) -> dict[str, Shape]:
     Raises:
         LolaConfigError: Hkv does not divide Hs, or Hs does not divide Hq.
     """
-    from lola_vllm.core.config import importance_size  # here: it loads transformers
+    from lola_vllm.core.lola_config import importance_size  # here: it loads transformers
 
     facts, d = config.facts, config.head_dim
     Hq, Hkv, F = config.num_attention_heads, config.num_key_value_heads, facts.feature_dim

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops import DecodeBatch, LayerState, LolaWeights, PrefillBatch
 from lola_vllm.core.ops.key_rotation import KeyRotation
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule

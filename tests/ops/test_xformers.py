@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops import PrefillBatch
 from tests.support.problem import make_problem
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops import LayerState
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 from lola_vllm.core.state import LayerLayout

@@ -8,7 +8,7 @@ from math import lcm
 import torch
 from torch import Tensor
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops import portable
 from lola_vllm.core.ops.reference import feature_map
 from lola_vllm.core.state import StateLayout, StateViews

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lola_vllm.core.config import LolaConfig, importance_size
+from lola_vllm.core.lola_config import LolaConfig, importance_size
 from lola_vllm.core.ops import context_shift
 from lola_vllm.core.ops.contract import (
     DecodeBatch,

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from lola_vllm.command import cli
-from lola_vllm.core.config import importance_size
+from lola_vllm.core.lola_config import importance_size
 from lola_vllm.models.calibration import importance_tensors, save_calibration
 from tests.support.documented import ROOT, commands, documented, programs
 from tests.support.families import make_base

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from tools.site.docstrings import entries, split
 from tools.site.summaries import table
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lola_vllm.core.config import importance_size
+from lola_vllm.core.lola_config import importance_size
 
 VOCAB = 500
 

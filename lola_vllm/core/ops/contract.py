@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from lola_vllm.core.config import importance_size
+from lola_vllm.core.lola_config import importance_size
 from lola_vllm.core.ops.key_rotation import KeyRotation
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 from lola_vllm.core.state import NEVER, LayerLayout, StateLayout, StateViews

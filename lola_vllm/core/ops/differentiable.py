@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops.constants import RECALL_EPS
 from lola_vllm.core.ops.exact_attention import exact_attention
 from lola_vllm.core.ops.int8 import rounded

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops.constants import FEATURE_FLOOR, MAX_LOG_IMPORTANCE, RECALL_EPS
 from lola_vllm.core.ops.int8 import rounded
 from lola_vllm.core.ops.key_rotation import KeyRotation

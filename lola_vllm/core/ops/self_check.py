@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lola_vllm.core.config import LolaConfig, importance_size
+from lola_vllm.core.lola_config import LolaConfig, importance_size
 from lola_vllm.core.ops import context_shift, portable
 from lola_vllm.core.ops.contract import (
     Backend,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.model_types import windows_of
 from lola_vllm.core.ops import LolaWeights, sliding
 from lola_vllm.core.ops.differentiable import lola_attention_parallel

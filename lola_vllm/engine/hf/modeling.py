@@ -17,7 +17,8 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
-from lola_vllm.core.config import CLASS_HOOKS, DecoderConfig, importance_size
+from lola_vllm.core.config import CLASS_HOOKS, DecoderConfig
+from lola_vllm.core.lola_config import importance_size
 from lola_vllm.core.ops.compose import Composer
 from lola_vllm.core.ops.key_rotation import KeyRotation
 from lola_vllm.core.ops.rope_table import RopeTable

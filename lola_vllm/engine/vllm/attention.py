@@ -26,7 +26,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 
-from lola_vllm.core.config import importance_size
+from lola_vllm.core.lola_config import importance_size
 from lola_vllm.core.ops import Backend, LayerState, LolaWeights, choose_backend, context_shift
 from lola_vllm.core.ops.compose import Composer
 from lola_vllm.core.ops.key_rotation import KeyRotation

@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from lola_vllm.core.config import no_one_table
+from lola_vllm.core.lola_config import no_one_table
 from lola_vllm.core.model_types import FULL_ATTENTION, MODEL_TYPE
 
 if TYPE_CHECKING:

@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lola_vllm.core.config import HEAD_KEYS, DecoderConfig
+from lola_vllm.core.config import DecoderConfig
 from lola_vllm.core.layers import layer_layouts
+from lola_vllm.core.lola_config import HEAD_KEYS
 from lola_vllm.core.model_types import windows_of
 from lola_vllm.core.state import PART_ALIGNMENT, SequenceLayout
 from lola_vllm.engine.hf.attention import attentions, order_heads

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.models.files import CheckpointError
 from lola_vllm.training.distill.average import RunningMean
 from lola_vllm.training.distill.data import TrainingRows

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from lola_vllm.core.config import LolaConfig
+    from lola_vllm.core.lola_config import LolaConfig
 
 # Options of the second stage, which do not change the result of the first.
 FINETUNE = (
@@ -124,7 +124,7 @@ class DistillOptions:
 
     def configs(self) -> list[LolaConfig]:
         """The settings to train for."""
-        from lola_vllm.core.config import LolaConfig
+        from lola_vllm.core.lola_config import LolaConfig
 
         own = LolaConfig(**self.lola_config)
         sizes = self.train_sparse_caches or (own.sparse_cache_size,)

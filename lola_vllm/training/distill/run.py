@@ -207,7 +207,7 @@ def _write(
     importance: Mapping[str, Tensor],
     force: bool,
 ) -> DecoderConfig:
-    from lola_vllm.core.config import HEAD_KEYS
+    from lola_vllm.core.lola_config import HEAD_KEYS
     from lola_vllm.models.calibration import apply_calibration
     from lola_vllm.models.convert import convert_checkpoint
     from lola_vllm.models.staging import staged_directory

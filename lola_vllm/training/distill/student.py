@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops import sliding
 from lola_vllm.core.ops.differentiable import lola_attention_parallel
 from lola_vllm.engine.hf.attention import in_form, order_heads

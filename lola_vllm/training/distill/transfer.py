@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops.differentiable import lola_attention_parallel
 from lola_vllm.models import rope
 from lola_vllm.models.files import CheckpointError

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 from tests.support.backends import fewer
 from tests.support.problem import make_problem

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops import DecodeBatch, LayerState, PrefillBatch
 from tests.support.backends import only
 from tests.support.problem import STATE_INDEX, feed, make_problem, prefill, with_a_trend

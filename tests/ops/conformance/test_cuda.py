@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops import DecodeBatch
 from tests.support.backends import only
 from tests.support.layers import KINDS, bind, layer

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops.rollback import longest_draft
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 from tests.support.backends import TOLERANCE, fewer

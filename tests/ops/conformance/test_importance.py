@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from tests.support.backends import fewer
 from tests.support.problem import STATE_INDEX, make_problem
 

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops import portable
 from tests.support.backends import fewer
 from tests.support.problem import STATE_INDEX, full_attention, make_problem, run

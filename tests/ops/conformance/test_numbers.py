@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from tests.support.backends import fewer
 from tests.support.pages import assert_state_matches, assert_unrecallable_stay
 from tests.support.problem import STATE_INDEX, make_problem, unrecallable

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops import LayerState, PrefillBatch, context_shift, portable
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 from lola_vllm.core.state import LayerLayout, SequenceLayout

@@ -6,14 +6,8 @@ import functools
 import pytest
 from transformers import AutoConfig
 
-from lola_vllm.core.config import (
-    DecoderConfig,
-    LolaConfig,
-    LolaConfigError,
-    TensorFacts,
-    config_class,
-    default_context_shift,
-)
+from lola_vllm.core.config import DecoderConfig, TensorFacts, config_class
+from lola_vllm.core.lola_config import LolaConfig, LolaConfigError, default_context_shift
 from lola_vllm.core.ranks import check_ranks
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.state import (
     DTYPE_CODES,
     PAGE_ALIGNMENT,

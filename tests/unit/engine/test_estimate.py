@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lola_vllm.core.config import LolaConfigError
+from lola_vllm.core.lola_config import LolaConfigError
 from lola_vllm.engine.estimate import estimate, format_table, parts_of
 from lola_vllm.models import CheckpointError
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops import cpp, portable
 from lola_vllm.evaluation import EvalError
 from lola_vllm.evaluation.ablation import leave_out

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lola_vllm.core.config import DecoderConfig, LolaConfig, TensorFacts
+from lola_vllm.core.config import DecoderConfig, TensorFacts
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.state import LayerLayout
 from lola_vllm.engine.hf import LolaForCausalLM
 from lola_vllm.models import CheckpointError, expected_tensors, read_facts

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import lola_vllm.engine.hf  # noqa: F401  (makes transformers know LoLA models)
-from lola_vllm.core.config import DecoderConfig, LolaConfigError, config_class
+from lola_vllm.core.config import DecoderConfig, config_class
+from lola_vllm.core.lola_config import LolaConfigError
 from lola_vllm.engine.estimate import estimate
 from lola_vllm.engine.hf import LolaCache
 from lola_vllm.models import CheckpointError, expected_tensors

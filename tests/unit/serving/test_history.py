@@ -7,7 +7,7 @@ import pytest
 import torch
 from fastapi import HTTPException
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops import Backend, portable
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 from lola_vllm.serving import engine, history

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops import portable
 from lola_vllm.core.ops.int8 import rounded
 from lola_vllm.core.ops.reference import feature_map, pair_importance, self_recall_error

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops import portable
 from lola_vllm.core.ops.compose import ComposeError, Composer, Composition
 from lola_vllm.core.ops.int8 import rounded

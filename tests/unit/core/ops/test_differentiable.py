@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops import exact_attention
 from lola_vllm.core.ops.differentiable import lola_attention_parallel
 from tests.support.problem import Problem, make_problem

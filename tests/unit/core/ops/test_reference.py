@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops.reference import (
     feature_map,
     lola_attention,

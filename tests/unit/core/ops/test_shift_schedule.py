@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lola_vllm.core.config import LolaConfig, config_class
+from lola_vllm.core.config import config_class
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops import portable
 from lola_vllm.core.ops.key_rotation import KeyRotation
 from lola_vllm.core.ops.shift_schedule import SCORE_DECAY, SCORE_DECAY_SHIFTS, ShiftSchedule

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops import (
     DecodeBatch,
     LayerState,

@@ -9,7 +9,8 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from lola_vllm.core.config import LolaConfig, config_class
+from lola_vllm.core.config import config_class
+from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops import context_shift, portable
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 from lola_vllm.engine.vllm.backend import GRAPHS_ENV, LolaMetadataBuilder

@@ -6,7 +6,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
-from lola_vllm.core.config import LolaConfigError, config_class
+from lola_vllm.core.config import config_class
+from lola_vllm.core.lola_config import LolaConfigError
 from lola_vllm.core.ops.key_rotation import KeyRotation
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 from lola_vllm.engine.vllm.compat import rope_rows

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lola_vllm.command import cli
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.lola_config import LolaConfig
 from tests.support.axe import findings
 from tests.support.browser import chromium
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lola_vllm.command import cli
-from lola_vllm.core.config import HEAD_KEYS
+from lola_vllm.core.lola_config import HEAD_KEYS
 from lola_vllm.core.ops.reference import feature_map, pair_importance, self_recall_error
 from lola_vllm.engine.hf.attention import order_heads
 from lola_vllm.engine.hf.modeling import LolaForCausalLM

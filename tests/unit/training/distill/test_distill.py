@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lola_vllm.core.config import LolaConfig, LolaConfigError, TensorFacts, importance_size
+from lola_vllm.core.config import TensorFacts
+from lola_vllm.core.lola_config import LolaConfig, LolaConfigError, importance_size
 from lola_vllm.core.state import StateLayout
 from lola_vllm.models.calibration import importance_tensors, save_calibration
 from lola_vllm.models.files import CheckpointError
