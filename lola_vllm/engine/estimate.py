@@ -16,11 +16,10 @@ import torch
 
 from lola_vllm.core.cli_options import sparse_cache
 from lola_vllm.core.config import DecoderConfig
-from lola_vllm.core.layers import layer_layouts
+from lola_vllm.core.layers import SequenceLayout, layer_layouts
 from lola_vllm.core.lola_config import default_context_shift
 from lola_vllm.core.model_types import LOLA_TYPES
 from lola_vllm.core.ranks import check_ranks, heads_divide
-from lola_vllm.core.state import SequenceLayout
 from lola_vllm.models.base import config_of, lola_fields
 from lola_vllm.models.families import check_base
 from lola_vllm.models.files import CheckpointError, read_json

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from lola_vllm.core.layers import SequenceLayout
 from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops import DecodeBatch, LayerState, LolaWeights, PrefillBatch
 from lola_vllm.core.ops.key_rotation import KeyRotation
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
-from lola_vllm.core.state import LayerLayout, SequenceLayout
+from lola_vllm.core.state import LayerLayout
 
 pytest.importorskip("triton")
 

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lola_vllm.core.layers import SequenceLayout
 from lola_vllm.core.ops.composition import ComposeError, Composition, Rows
 from lola_vllm.core.ops.constants import FEATURE_FLOOR, RECALL_EPS
 from lola_vllm.core.ops.contract import LolaWeights
@@ -26,7 +27,6 @@ from lola_vllm.core.ops.reference import pair_importance
 from lola_vllm.core.ops.rope_table import RopeTable
 from lola_vllm.core.ops.shift_schedule import MAX_LENGTH
 from lola_vllm.core.ops.state_parts import Bytes, StateParts
-from lola_vllm.core.state import SequenceLayout
 
 __all__ = ["ComposeError", "Composer", "Composition"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lola_vllm.core.config import DecoderConfig
-from lola_vllm.core.layers import layer_layout
+from lola_vllm.core.layers import SequenceLayout, layer_layout
 from lola_vllm.core.ops import (
     DecodeBatch,
     LayerState,
@@ -27,7 +27,6 @@ from lola_vllm.core.ops.compose import ComposeError
 from lola_vllm.core.ops.rollback import reach
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 from lola_vllm.core.ops.sliding import ops_of
-from lola_vllm.core.state import SequenceLayout
 from lola_vllm.engine.hf.tokens import LolaModelError, NewTokens
 from lola_vllm.memory.sessions.cipher import StateKey
 from lola_vllm.memory.sessions.file import StateFileError, StateHeader, read_state, write_state

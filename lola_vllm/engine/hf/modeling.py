@@ -18,12 +18,12 @@ from transformers.conversion_mapping import (
 )
 
 from lola_vllm.core.config import CLASS_HOOKS, DecoderConfig
+from lola_vllm.core.layers import SequenceLayout
 from lola_vllm.core.lola_config import importance_size
 from lola_vllm.core.ops.compose import Composer
 from lola_vllm.core.ops.key_rotation import KeyRotation
 from lola_vllm.core.ops.rope_table import RopeTable
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
-from lola_vllm.core.state import SequenceLayout
 from lola_vllm.engine.hf.attention import (
     ATTENTION,
     Forward,

@@ -22,7 +22,8 @@ from vllm.v1.kv_cache_interface import MambaSpec
 
 from lola_vllm.core import layers
 from lola_vllm.core.config import DecoderConfig
-from lola_vllm.core.state import LayerLayout, SequenceLayout
+from lola_vllm.core.layers import SequenceLayout
+from lola_vllm.core.state import LayerLayout
 from lola_vllm.engine.vllm import compat
 
 if TYPE_CHECKING:

@@ -35,12 +35,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
 
+from lola_vllm.core.layers import SequenceLayout
 from lola_vllm.core.ops import LayerState
 from lola_vllm.core.ops.compose import Composer
 from lola_vllm.core.ops.composition import Composition
 from lola_vllm.core.ops.rope_table import RopeTable
 from lola_vllm.core.ops.shift_schedule import MAX_LENGTH, ShiftSchedule
-from lola_vllm.core.state import SequenceLayout
 from lola_vllm.engine.vllm import compat
 from lola_vllm.engine.vllm.attention import LolaAttention, composer_of, rope_of
 from lola_vllm.engine.vllm.backend import LolaMetadata

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lola_vllm.core.layers import SequenceLayout
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
-from lola_vllm.core.state import SequenceLayout
 from lola_vllm.memory.sessions.prefix_hash import HASH_BLOCK
 
 # Parts of a prompt that may end otherwise: a last message, and a long one.

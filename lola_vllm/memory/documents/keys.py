@@ -18,11 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
+from lola_vllm.core.layers import SequenceLayout
 from lola_vllm.core.ops.int8 import Int8Rows, quantize
 from lola_vllm.core.ops.portable import compute_dtype
 from lola_vllm.core.ops.rope_table import RopeTable
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
-from lola_vllm.core.state import SequenceLayout, StateLayout
+from lola_vllm.core.state import StateLayout
 from lola_vllm.memory.sessions.cipher import StateKey, is_sealed, open_file, sealed_file
 from lola_vllm.memory.sessions.partial import write_aside
 

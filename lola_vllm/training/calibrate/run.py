@@ -32,10 +32,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lola_vllm.core.config import DecoderConfig
-from lola_vllm.core.layers import layer_layouts
+from lola_vllm.core.layers import SequenceLayout, layer_layouts
 from lola_vllm.core.lola_config import HEAD_KEYS
 from lola_vllm.core.model_types import windows_of
-from lola_vllm.core.state import PART_ALIGNMENT, SequenceLayout
+from lola_vllm.core.state import PART_ALIGNMENT
 from lola_vllm.engine.hf.attention import attentions, order_heads
 from lola_vllm.models.base import read_base_config
 from lola_vllm.models.files import CheckpointError, open_weights, weight_files

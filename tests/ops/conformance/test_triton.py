@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
+from lola_vllm.core.layers import SequenceLayout
 from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops import LayerState, PrefillBatch, context_shift, portable
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
-from lola_vllm.core.state import LayerLayout, SequenceLayout
+from lola_vllm.core.state import LayerLayout
 from tests.support import layers
 from tests.support.backends import fewer, only
 from tests.support.layers import BASE, SIZES

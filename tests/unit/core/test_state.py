@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lola_vllm.core.layers import SequenceLayout
 from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.state import (
     DTYPE_CODES,
@@ -13,7 +14,6 @@ from lola_vllm.core.state import (
     PART_ALIGNMENT,
     TABLE_FIELDS,
     LayerLayout,
-    SequenceLayout,
     StateLayout,
 )
 

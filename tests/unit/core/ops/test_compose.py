@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lola_vllm.core.layers import SequenceLayout
 from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops import portable
 from lola_vllm.core.ops.compose import ComposeError, Composer, Composition
@@ -14,7 +15,7 @@ from lola_vllm.core.ops.int8 import rounded
 from lola_vllm.core.ops.reference import LolaState, feature_map, pair_importance, self_recall_error
 from lola_vllm.core.ops.rope_table import RopeTable
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
-from lola_vllm.core.state import LayerLayout, SequenceLayout
+from lola_vllm.core.state import LayerLayout
 from tests.support.problem import STATE_INDEX, Problem, make_problem, run
 
 D = 16  # of a head

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lola_vllm.core.layers import SequenceLayout
 from lola_vllm.core.lola_config import LolaConfig
 from lola_vllm.core.ops import portable
 from lola_vllm.core.ops.differentiable import lola_attention_parallel
-from lola_vllm.core.state import LayerLayout, SequenceLayout
+from lola_vllm.core.state import LayerLayout
 from tests.support.backends import TOLERANCE
 from tests.support.layers import BASE, bind, layer
 from tests.support.problem import feed

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.question import queries_of
+from lola_vllm.core.layers import SequenceLayout
 from lola_vllm.core.ops.int8 import quantize
-from lola_vllm.core.state import SequenceLayout
 from lola_vllm.engine.hf import LolaCache
 from lola_vllm.memory.documents.choose import (
     BLOCK_TOKENS,

@@ -17,8 +17,9 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from lola_vllm.core.layers import SequenceLayout
 from lola_vllm.core.lola_config import LolaConfig
-from lola_vllm.core.state import LayerLayout, SequenceLayout, StateLayout
+from lola_vllm.core.state import LayerLayout, StateLayout
 from lola_vllm.memory.sessions.file import (
     StateFileError,
     StateHeader,
