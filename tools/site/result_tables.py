@@ -137,6 +137,14 @@ def below(
     return table(lines)
 
 
+def peers() -> str:
+    """The second model beside methods that shrink a KV cache, at as many bytes."""
+    names = dict.fromkeys(setting["name"] for setting in settings("peers"))
+    found = {label: cells("second-recall", name) for name, label in SECOND_ROWS.items()}
+    found |= {f"{name}, 9.59 MiB": cells("peers", name) for name in names}
+    return below(found, {"niah-3": TASKS["niah-3"], **SEVERAL}, (4096, 8192), 6)
+
+
 def demo() -> str:
     """The demo model and its base: what both were asked."""
     both = of_both([run for name in front_tables.DEMO for run in runs(name)], tuple(ROWS))
@@ -170,6 +178,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recall-parts": partial(by_task, "recall-parts", DEMO_PARTS, LENGTHS[1:], DEMO_PARTS_ROWS, 12),
     "recall-perplexity": perplexity,
     "second-recall": partial(by_task, "second-recall", SEVERAL, (4096, 8192), SECOND_ROWS, 9),
+    "peers": peers,
     "choices": choices,
     "configuration": config_table.config_table,
     **{name: partial(make, runs) for part in PARTS for name, make in part.TABLES.items()},
