@@ -137,12 +137,12 @@ def below(
     return table(lines)
 
 
-def peers() -> str:
-    """The second model beside methods that shrink a KV cache, at as many bytes."""
-    names = dict.fromkeys(setting["name"] for setting in settings("peers"))
+def second() -> str:
+    """The second model, its base, and other methods with it (`benchmarks/peers.py`)."""
     found = {label: cells("second-recall", name) for name, label in SECOND_ROWS.items()}
-    found |= {f"{name}, 9.59 MiB": cells("peers", name) for name in names}
-    return below(found, {"niah-3": TASKS["niah-3"], **SEVERAL}, (4096, 8192), 6)
+    others = dict.fromkeys(setting["name"] for setting in settings("peers"))
+    found |= {f"{name}, 9.59 MiB": cells("peers", name) for name in others}
+    return below(found, {"niah-3": TASKS["niah-3"], **SEVERAL}, (4096, 8192), 9)
 
 
 def demo() -> str:
@@ -177,8 +177,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recall-tasks": demo,
     "recall-parts": partial(by_task, "recall-parts", DEMO_PARTS, LENGTHS[1:], DEMO_PARTS_ROWS, 12),
     "recall-perplexity": perplexity,
-    "second-recall": partial(by_task, "second-recall", SEVERAL, (4096, 8192), SECOND_ROWS, 9),
-    "peers": peers,
+    "second-recall": second,
     "choices": choices,
     "configuration": config_table.config_table,
     **{name: partial(make, runs) for part in PARTS for name, make in part.TABLES.items()},
