@@ -147,15 +147,16 @@ def split(prompt: Prompt, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 def main() -> None:
     parser = parser_of(__doc__)
+    parser.set_defaults(out=Path("eval-results/peers"))
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--texts", required=True)
     parser.add_argument("--methods", default="; ".join(METHODS), help="with semicolons between")
     parser.add_argument("--memory", type=float, default=9.59, help="MiB of pairs a sequence")
     parser.add_argument("--bits", type=int, default=8, help="of a number of a pair, as counted")
-    parser.add_argument("--tasks", type=words, default=["niah-2", "multiquery", "multivalue", "vt"])
+    parser.add_argument("--tasks", type=words, default=["niah-3", "multivalue", "multiquery", "vt"])
     parser.add_argument("--lengths", type=numbers, default=[4096, 8192])
-    parser.add_argument("--samples", type=at_least(1), default=10)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=at_least(1), default=3)
+    parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
 
     plan = RecallPlan(args.tasks, args.lengths, args.samples, args.seed, args.texts)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The table of methods that shrink a KV cache in docs/linearize.md: some two hours on two CPU cores.
-# kvpress takes another transformers than vLLM, so both lie in a folder that nothing else reads.
+# Methods that shrink a KV cache, in the table of docs/linearize.md, after `make recall-qwen`, which
+# gets the texts: some three hours on two CPU cores. kvpress takes another transformers than vLLM, so
+# both lie in a folder that nothing else reads.
 . "$(dirname "$0")/eval_common.sh"
 
 [ -d models/kvpress ] || .venv/bin/python -m pip install --quiet --target models/kvpress --no-deps \
@@ -9,8 +10,7 @@
 
 peers() { # NAME SEED LENGTHS METHODS: the questions of `make recall-qwen`
     PYTHONPATH=models/kvpress .venv/bin/python benchmarks/peers.py --base models/qwen-base \
-        --texts models/qwen-texts --tasks niah-3,multivalue,multiquery,vt --lengths "$3" \
-        --samples 3 --seed "$2" --methods "$4" --out "$OUT/peers-$1-$2"
+        --texts models/qwen-texts --lengths "$3" --seed "$2" --methods "$4" --out "$OUT/peers-$1-$2"
 }
 for seed in 1 2; do
     peers ada "$seed" 4096,8192 "AdaKV, expected attention"
