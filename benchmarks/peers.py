@@ -29,8 +29,8 @@ from kvpress import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from lola_vllm.core import cpu
 from lola_vllm.evaluation.comparison import Comparison
+from lola_vllm.evaluation.engine import dtype_of
 from lola_vllm.evaluation.models import Tokenizer
 from lola_vllm.evaluation.plan import at_least, numbers, words
 from lola_vllm.evaluation.prompts import Prompt
@@ -97,22 +97,24 @@ class Peers:
     """The softmax model with each method.
 
     Args:
-        base: its directory. names: of methods. pairs: that each keeps a KV head, on average.
+        base: the model. names: of methods. pairs: that each keeps a KV head, on average.
     """
 
-    def __init__(self, base: Path, names: list[str], pairs: int) -> None:
+    def __init__(self, base: Setting, names: list[str], pairs: int) -> None:
         self.names, self.pairs = names, pairs
-        self.seconds = dict.fromkeys(names, 0.0)
-        dtype = cpu.preferred_dtype(Setting("", base).config) or "auto"
-        self._model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
+        dtype = dtype_of(base, {})
+        self._model: Any = AutoModelForCausalLM.from_pretrained(base.model, dtype=dtype).eval()
         self.dtype = str(self._model.dtype).removeprefix("torch.")
         self._layers = [layer.self_attn for layer in self._model.model.layers]
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(base.model)
         self._pipeline = KVPressTextGenerationPipeline(self._model, tokenizer)
 
     @torch.no_grad()
-    def answers(self, context: list[int], question: list[int], room: int) -> dict[str, str]:
-        """Greedy answers of at most `room` tokens, by method."""
+    def answers(
+        self, context: list[int], question: list[int], room: int
+    ) -> dict[str, tuple[str, float]]:
+        """Greedy answers of at most `room` tokens by method, and the seconds that each took beside
+        the reading that they share."""
         ratio = max(0.0, 1 - self.pairs / len(context))
         presses = {name: METHODS[name](ratio) for name in self.names}
         once = Together({n: press for n, press in presses.items() if n not in READS_AGAIN})
@@ -125,8 +127,8 @@ class Peers:
             for layer, masked in zip(self._layers, held.masked, strict=True):
                 layer.masked_key_indices = masked
             ids = torch.tensor([question])
-            found[name] = self._pipeline.generate_answer(ids, held.cache, len(context), room)
-            self.seconds[name] += time.monotonic() - began
+            answer = self._pipeline.generate_answer(ids, held.cache, len(context), room)
+            found[name] = answer, time.monotonic() - began
         return found
 
     def _read(self, press: BasePress, context: list[int]) -> Kept:
@@ -168,7 +170,7 @@ def main() -> None:
     memory = measure(settings[0], "bfloat16")
     assert memory is not None
     per_pair = memory.full_kv_bytes_per_token * args.bits / 16  # in every KV head
-    peers = Peers(args.base, names, int(args.memory * MIB / per_pair))
+    peers = Peers(settings[0], names, int(args.memory * MIB / per_pair))
     memory = replace(memory, state_bytes=int(peers.pairs * per_pair))
     base = fingerprint(args.base)
     records = [Record(setting, base, memory, dtype=peers.dtype) for setting in settings]
@@ -182,9 +184,9 @@ def main() -> None:
                 continue
             found = peers.answers(*split(prompt, tokenizer), room)
             for record in records:
-                name = record.setting.name
-                record.samples.append(answer_row(prompt, found[name]))
-                record.seconds = peers.seconds[name]
+                answer, seconds = found[record.setting.name]
+                record.samples.append(answer_row(prompt, answer))
+                record.seconds += seconds
             comparison.save()
     for record in records:
         record.finished = True

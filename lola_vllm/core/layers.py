@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lola_vllm.core.config import DecoderConfig
 from lola_vllm.core.state import LayerLayout, StateLayout, cut_rows
+
+if TYPE_CHECKING:  # the ops have no use for transformers
+    from lola_vllm.core.config import DecoderConfig
 
 
 @dataclass(frozen=True)
