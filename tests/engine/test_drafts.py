@@ -5,7 +5,7 @@ import pytest
 from vllm import SamplingParams, TokensPrompt
 
 from lola_vllm.memory.sessions.file import read_state
-from tests.support.drafts import NGRAM, PLANNED, Planned
+from tests.support.drafts import DRAFTS, NGRAM, PLANNED, Planned
 from tests.support.engine import GREEDY, engine, generate, metric, state_manager
 from tools.support.tiny import make_tiny, random_prompts
 
@@ -68,6 +68,19 @@ def test_drafts_change_no_token(models, name, drafts, options):
         if drafts is PLANNED:
             assert 0 in Planned.sizes and accepted > 200
             assert drafted < sum(Planned.sizes)  # some were cut
+
+
+def test_drafts_that_are_never_right_become_rare(models, monkeypatch):
+    """Of an answer of 90 tokens at most nine steps have drafts, and all but the first have one."""
+    path, answers = models["plain"]
+    plan(PROMPTS, answers)
+    monkeypatch.setattr(Planned, "wrong", True)
+    with engine(path, **BASE, speculative_config=PLANNED) as llm:
+        for prompt, answer in zip(PROMPTS[:2], answers, strict=False):
+            before = counts(llm)
+            assert generate(llm, [prompt], NEW) == [answer]
+            drafted, accepted = counts(llm) - before
+            assert 5 <= drafted <= DRAFTS + 8 and accepted == 0
 
 
 def ask(llm, prompt, **params):

@@ -25,11 +25,13 @@ class Planned:
     """Goes on with the text that a request's tokens begin.
 
     Attributes:
-        texts: prompts with their answers. sizes: of the drafts of each step.
+        texts: prompts with their answers. sizes: of the drafts of each step. wrong: all drafts are,
+            from their first token on.
     """
 
     texts: ClassVar[list[list[int]]] = []
     sizes: ClassVar[list[int]] = []
+    wrong: ClassVar[bool] = False
 
     def __init__(self, _: Any) -> None:
         self.random = random.Random(0)
@@ -50,7 +52,7 @@ class Planned:
         n = len(known)
         text = next((text for text in self.texts if text[:n] == known), known)
         drafts = text[n : n + self.random.choice([0, DRAFTS, DRAFTS, 2])]
-        if drafts and self.random.random() < 0.5:
-            at = self.random.randrange(len(drafts))
+        if drafts and (self.wrong or self.random.random() < 0.5):
+            at = 0 if self.wrong else self.random.randrange(len(drafts))
             drafts[at] = (drafts[at] + 1) % VOCAB
         return drafts

@@ -8,13 +8,18 @@ tokens (`core/ops/rollback.py`). So drafts are cut there, and a sequence has no 
 The scheduler cuts them: it alone knows how many tokens of a request are confirmed when it plans the
 next step. `config_hook` chooses this class, as `--scheduler-cls` would, and no scheduling ahead of
 results, under which that number is a guess.
+
+Wrong drafts cost as much as right ones: with four of them a step has five rows for one. So where
+all of a request's drafts were rejected it has one at a time, and then one in 2, 4, 8 to 64 tokens,
+until one is accepted.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -27,6 +32,28 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import DraftTokenIds
     from vllm.v1.request import Request
 
+LONGEST_PAUSE = 64  # tokens between two drafts that are rejected: a cost of a few percent
+
+
+class Rejections(NamedTuple):
+    """Drafts of a request of which no token was accepted.
+
+    Attributes:
+        count: in a row. until: the number of known tokens from which the next draft is checked.
+    """
+
+    count: int = 0
+    until: int = 0
+
+    def longest(self, num_tokens: int) -> int:
+        """How many drafts are checked by a request that knows so many tokens: one, or none."""
+        return int(num_tokens >= self.until)
+
+    def one_more(self, num_tokens: int) -> Rejections:
+        """After another one, by a request that knows so many tokens: pauses of 0, 1, 3, 7, ..."""
+        pause = min(2**self.count, LONGEST_PAUSE) - 1
+        return Rejections(self.count + 1, num_tokens + 1 + pause)
+
 
 class LolaScheduler(Scheduler):
     """vLLM's scheduler with drafts of such lengths that a state takes them back."""
@@ -34,6 +61,7 @@ class LolaScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._longest = longest_of(self.vllm_config)
+        self._rejections: WeakKeyDictionary[Request, Rejections] = WeakKeyDictionary()
         # A last token of a prompt would be filled up with drafts of no token, to the shape of a
         # CUDA graph, unless the number of drafts follows the size of the batch.
         if self.dynamic_sd_lookup is None:
@@ -46,7 +74,19 @@ class LolaScheduler(Scheduler):
             request = self.requests.get(name)
             if request is not None and request.spec_token_ids:
                 longest = self._longest(request.num_tokens)
+                if rejections := self._rejections.get(request):
+                    longest = min(longest, rejections.longest(request.num_tokens))
                 request.spec_token_ids = request.spec_token_ids[:longest]
+
+    def make_spec_decoding_stats(self, *args: Any, **kwargs: Any) -> Any:
+        """Count drafts, as vLLM does for each request of a step that had one."""
+        request = self.requests[kwargs["request_id"]]
+        if kwargs["num_accepted_tokens"]:
+            self._rejections.pop(request, None)
+        else:
+            before = self._rejections.get(request, Rejections())
+            self._rejections[request] = before.one_more(request.num_tokens)
+        return super().make_spec_decoding_stats(*args, **kwargs)
 
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], is_stale: bool = False
