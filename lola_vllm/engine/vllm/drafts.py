@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 LONGEST_PAUSE = 64  # tokens between two drafts that are rejected: a cost of a few percent
 
 
-class Rejections(NamedTuple):
+@dataclass(frozen=True)
+class Rejections:
     """Drafts of a request of which no token was accepted.
 
     Attributes:
