@@ -362,7 +362,8 @@ def report(found: Calibration) -> str:
     importance; the sizes as JSON."""
     columns = zip(*found.held.values(), strict=True)
     total, alone, weighted = (sum(float(x.sum()) for x in column) for column in columns)
-    total, flags = max(total, 1e-9), [flag for own in found.states for flag in own]
+    total = max(total, 1e-9)
+    flags = [flag for layer in found.held for flag in found.states[layer]]  # none slides
     have, every = sum(flags), len(flags)
     return (
         f"all heads hold {alone / total:.0%} of the long-range attention by error, "

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import lola_vllm.engine.hf  # noqa: F401  (makes transformers know LoLA models)
 from lola_vllm.training.calibrate.options import CalibrateOptions
-from lola_vllm.training.calibrate.run import calibrate
+from lola_vllm.training.calibrate.run import calibrate, report
 from lola_vllm.training.distill.run import distill
 from tests.support.families import make_base
 from tests.unit.training.distill.test_distill import OPTIONS, write_tokenizer
@@ -43,3 +43,5 @@ def test_two_stages_and_a_calibration(tmp_path, family):
     found = calibrate(base, tmp_path / "words.txt", small, out)
     assert [len(sizes) for sizes in found.sizes] == [2, 2]
     assert all(weights.isfinite().all() for weights in found.importance.values())
+    heads = 2 * len(found.importance)  # of layers that do not slide
+    assert f"{heads} of {heads} have a hidden state" in report(found)
