@@ -63,8 +63,8 @@ inline void check_shape(const torch::stable::Tensor& t, const char* name, const 
 
 // What both ops take besides the rows of the batch; csrc/ops.h says what they are.
 struct LayerTensors {
-  const torch::stable::Tensor &pages, &layout, &feature_map_q, &feature_map_k, &log_gate,
-      &importance, &q, &k, &v, &out;
+  const torch::stable::Tensor &pages, &layout, &feature_map_q, &feature_map_k, &gates, &importance,
+      &q, &k, &v, &out;
 };
 
 // The layouts of a call's pages, one for each group of KV heads that share a page.

@@ -61,7 +61,7 @@ Call part_of(const Call& all, const PageLayout& layout, int64_t i, int64_t map_c
           heads_of(all.out, layout.num_heads),
           weights_of(all.feature_map_q, layout.num_heads * map),
           weights_of(all.feature_map_k, layout.num_state_heads * map),
-          weights_of(all.log_gate, layout.num_heads),
+          weights_of(all.gates, 2 * layout.num_heads),
           weights_of(all.importance, layout.num_kv_heads * layout.importance_size()),
           all.layer_state_heads};
 }
@@ -85,7 +85,7 @@ std::vector<Call> check_cpu_call(const LayerTensors& t, const Tensor& state_indi
             check_tokens(t.out, "out", {DType::f32, DType::bf16, DType::f64}),
             t.feature_map_q.data_ptr(),
             t.feature_map_k.data_ptr(),
-            t.log_gate.data_ptr(),
+            t.gates.data_ptr(),
             t.importance.data_ptr(),
             layouts.count * layout.num_state_heads};
   for (int64_t row = 0; row < state_indices.size(0); ++row) {
@@ -102,12 +102,12 @@ std::vector<Call> check_cpu_call(const LayerTensors& t, const Tensor& state_indi
 }  // namespace
 
 void decode(const Tensor& pages, const Tensor& layout, const Tensor&, const Tensor& feature_map_q,
-            const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& importance,
+            const Tensor& feature_map_k, const Tensor& gates, const Tensor& importance,
             const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state_indices,
             const Tensor& seq_lens, const Tensor& out) {
-  const std::vector<Call> calls = check_cpu_call(
-      {pages, layout, feature_map_q, feature_map_k, log_gate, importance, q, k, v, out},
-      state_indices);
+  const std::vector<Call> calls =
+      check_cpu_call({pages, layout, feature_map_q, feature_map_k, gates, importance, q, k, v, out},
+                     state_indices);
   const int64_t rows = state_indices.size(0);
   LOLA_CHECK(rows == q.size(0), "state_indices: ", rows, " rows, but q has ", q.size(0), " tokens");
   const Indices lengths = check_indices(seq_lens, "seq_lens", "[rows]", rows);
@@ -119,12 +119,12 @@ void decode(const Tensor& pages, const Tensor& layout, const Tensor&, const Tens
 }
 
 void prefill(const Tensor& pages, const Tensor& layout, const Tensor&, const Tensor& feature_map_q,
-             const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& importance,
+             const Tensor& feature_map_k, const Tensor& gates, const Tensor& importance,
              const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state_indices,
              const Tensor& query_start_loc, const Tensor& context_lens, const Tensor& out) {
-  const std::vector<Call> calls = check_cpu_call(
-      {pages, layout, feature_map_q, feature_map_k, log_gate, importance, q, k, v, out},
-      state_indices);
+  const std::vector<Call> calls =
+      check_cpu_call({pages, layout, feature_map_q, feature_map_k, gates, importance, q, k, v, out},
+                     state_indices);
   const int64_t rows = state_indices.size(0);
   const Indices starts = check_indices(query_start_loc, "query_start_loc", "[rows + 1]", rows + 1);
   const Indices context = check_indices(context_lens, "context_lens", "[rows]", rows);

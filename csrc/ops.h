@@ -9,9 +9,9 @@
 #include <optional>
 
 // The ops' arguments as torch is told them.
-#define LOLA_LAYER_SCHEMA                                                                    \
-  "Tensor(a!) pages, Tensor layout, Tensor device_layout, Tensor feature_map_q, "            \
-  "Tensor feature_map_k, Tensor log_gate, Tensor importance, Tensor q, Tensor k, Tensor v, " \
+#define LOLA_LAYER_SCHEMA                                                                 \
+  "Tensor(a!) pages, Tensor layout, Tensor device_layout, Tensor feature_map_q, "         \
+  "Tensor feature_map_k, Tensor gates, Tensor importance, Tensor q, Tensor k, Tensor v, " \
   "Tensor state_indices, "
 #define LOLA_DECODE_SCHEMA "decode(" LOLA_LAYER_SCHEMA "Tensor seq_lens, Tensor(b!) out) -> ()"
 #define LOLA_PREFILL_SCHEMA                                          \
@@ -34,7 +34,8 @@ namespace lola {
 //   feature_map_q   [Hq, d, F]          float32, or float64 where keys and values are
 //   feature_map_k   [1 or 2, Hs, d, F]  the same; the second is for pages with more than
 //                                       `rotated_map_after` tokens
-//   log_gate        [Hq]                the same
+//   gates           [Hq, 2]             the same: what a head's gate adds to the log of its exact
+//                                       part, and the logit of its learned sink (-inf: none)
 //   importance      [Hkv, d/2 + d + 1]  the same; [0, ..] unless the layout has_score_weights
 //   q, out          [T, Hq, d]          float32, bfloat16 or float64 (CUDA: or float16)
 //   k, v            [T, Hkv, d]         dtype of the pages' keys and values
@@ -46,7 +47,7 @@ namespace lola {
 // Throws, naming the argument, on a wrong shape, dtype or state index.
 void decode(const torch::stable::Tensor& pages, const torch::stable::Tensor& layout,
             const torch::stable::Tensor& device_layout, const torch::stable::Tensor& feature_map_q,
-            const torch::stable::Tensor& feature_map_k, const torch::stable::Tensor& log_gate,
+            const torch::stable::Tensor& feature_map_k, const torch::stable::Tensor& gates,
             const torch::stable::Tensor& importance, const torch::stable::Tensor& q,
             const torch::stable::Tensor& k, const torch::stable::Tensor& v,
             const torch::stable::Tensor& state_indices, const torch::stable::Tensor& seq_lens,
@@ -54,7 +55,7 @@ void decode(const torch::stable::Tensor& pages, const torch::stable::Tensor& lay
 
 void prefill(const torch::stable::Tensor& pages, const torch::stable::Tensor& layout,
              const torch::stable::Tensor& device_layout, const torch::stable::Tensor& feature_map_q,
-             const torch::stable::Tensor& feature_map_k, const torch::stable::Tensor& log_gate,
+             const torch::stable::Tensor& feature_map_k, const torch::stable::Tensor& gates,
              const torch::stable::Tensor& importance, const torch::stable::Tensor& q,
              const torch::stable::Tensor& k, const torch::stable::Tensor& v,
              const torch::stable::Tensor& state_indices,

@@ -29,6 +29,7 @@ from lola_vllm.kernels.common import (
     absorb_int8,
     int8_numbers,
     int8_scale,
+    load_gates,
     mix,
     read_state,
 )
@@ -170,6 +171,8 @@ def attend_block(
             else:
                 m, norm, acc = absorb(q, k, v, ok[None, :], scale, m, norm, acc, PRECISION)
 
+    log_gate, sink = load_gates(gate_ptr, head + lane, lane < num_heads)
+    norm += tl.exp(sink - m)
     y = acc / norm[:, None]
     if any_folded(group_at, first, SHAPE):  # before this chunk
         if kept_at is None:
@@ -182,7 +185,6 @@ def attend_block(
             q, map_of(wq_ptr, head, SHAPE), h_at, s_at, cols, SHAPE.FEATURE_DIM, SHAPE, PRECISION,
             by_head,
         )  # fmt: skip
-        log_gate = tl.load(gate_ptr + head + lane, mask=lane < num_heads, other=0.0).to(tl.float32)
         y = mix(m, norm, y, y_lin / z[:, None], tl.log(z), log_gate, SUBTRACT_MAX)
     to = out_at + (lane * out_head + queries * out_token)[:, None] + cols[None, :]
     tl.store(to, y.to(out_at.dtype.element_ty), mask=q_ok)

@@ -234,6 +234,14 @@ def read_state(
 
 
 @triton.jit
+def load_gates(gate_ptr, heads, ok):
+    """Log gates of query heads, and logits of their learned sinks (`LolaWeights.gates`)."""
+    gate = tl.load(gate_ptr + 2 * heads, mask=ok, other=0.0)
+    sink = tl.load(gate_ptr + 2 * heads + 1, mask=ok, other=float("-inf"))
+    return gate.to(tl.float32), sink.to(tl.float32)
+
+
+@triton.jit
 def mix(m, norm, y_soft, y_lin, log_D, log_gate, SUBTRACT_MAX: tl.constexpr):
     """The common-denominator mixture (`docs/algorithm.md`, section 4), without raw exponentials.
 

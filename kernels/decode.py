@@ -19,7 +19,7 @@ from torch import Tensor
 from lola_vllm.core.ops.contract import DecodeBatch, LayerState
 from lola_vllm.core.state import LayerLayout
 from lola_vllm.kernels.candidates import set_at, set_of
-from lola_vllm.kernels.common import absorb, absorb_cached, features, mix, product
+from lola_vllm.kernels.common import absorb, absorb_cached, features, load_gates, mix, product
 from lola_vllm.kernels.layer import (
     EXACT_K,
     EXACT_V,
@@ -188,7 +188,8 @@ def decode_kernel(
         y_lin, log_D = y_lin / z[:, None], tl.log(z)
 
     if not SPLIT:
-        log_gate = tl.load(gate_ptr + q_heads, mask=lane_ok, other=0.0).to(tl.float32)
+        log_gate, sink = load_gates(gate_ptr, q_heads, lane_ok)
+        norm += tl.exp(sink - m)
         y = mix(m, norm, acc / norm[:, None], y_lin, log_D, log_gate, SUBTRACT_MAX)
         tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=q_ok)
     else:
@@ -224,16 +225,16 @@ def attend(
         partial = torch.empty(B, Hq, splits + 1, d, dtype=torch.float32, device=q.device)
         stats = torch.empty(B, Hq, splits + 1, 2, dtype=torch.float32, device=q.device)
     else:  # not used: any float32 pointer does
-        partial = stats = weights.log_gate
+        partial = stats = weights.gates
     decode_kernel[(B * layout.num_state_heads, splits + 1 if splits > 1 else 1)](
-        q, k, v, out, weights.feature_map_q, weights.log_gate, pages, layer.device_table,
+        q, k, v, out, weights.feature_map_q, weights.gates, pages, layer.device_table,
         state_indices, seq_lens, partial, stats,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         out.stride(0), out.stride(1), pages.stride(0), state_indices.stride(0), seq_lens.stride(0),
         d**-0.5, **decode_constants(layout, Hq, splits > 1, weights.subtract_max),
         PRECISION=precision(q.dtype), num_warps=NUM_WARPS,
     )  # fmt: skip
-    return Parts(out, weights.log_gate, partial, stats, splits)
+    return Parts(out, weights.gates, partial, stats, splits)
 
 
 def decode_constants(

@@ -287,7 +287,7 @@ def prefill(
     if apart:
         softmax = None
     if softmax is None:
-        soft, lse, lse_head = out, weights.log_gate, 0  # not read
+        soft, lse, lse_head = out, weights.gates, 0  # not read
     else:  # before the kernel, which writes into the ring
         soft, lse = softmax(layer, q, k, v, batch)
         lse_head = lse.stride(0)
@@ -296,13 +296,13 @@ def prefill(
     if apart:
         kept = kept_buffers(layout, num_rows * per_row, q.device)
     else:  # not used
-        kept = Kept(weights.log_gate, weights.log_gate, rows)
+        kept = Kept(weights.gates, weights.gates, rows)
     shared = prefill_constants(
         layout, Hq, weights.subtract_max, softmax is not None, weights.rotated_map_after, apart
     )
     precise = precision(q.dtype)
     prefill_kernel[(num_rows * layout.num_kv_heads,)](
-        q, k, v, out, weights.feature_map_q, weights.log_gate, weights.key_maps,
+        q, k, v, out, weights.feature_map_q, weights.gates, weights.key_maps,
         weights.importance, pages, layer.device_table, state_indices, rows, soft, lse, *scratch,
         *kept, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         out.stride(0), out.stride(1), pages.stride(0), state_indices.stride(0), lse_head, num_rows,
@@ -312,7 +312,7 @@ def prefill(
         constants = attend_constants(layout, Hq, weights.subtract_max)
         tiles = triton.cdiv(Hq // layout.num_state_heads, constants["TILE_HEADS"])
         attend_kernel[(num_rows * per_row, layout.num_state_heads * tiles)](
-            q, k, v, out, weights.feature_map_q, weights.log_gate, layer.device_table,
+            q, k, v, out, weights.feature_map_q, weights.gates, layer.device_table,
             state_indices, rows, *kept, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
             v.stride(0), v.stride(1), out.stride(0), out.stride(1), state_indices.stride(0),
             num_rows, per_row, max(layout.sizes), d**-0.5, **constants, PRECISION=precise,

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lola_vllm.core.state import LayerLayout
-from lola_vllm.kernels.common import mix
+from lola_vllm.kernels.common import load_gates, mix
 from lola_vllm.kernels.layer import num_processors, pairs_per_tile
 
 PROGRAMS_PER_PROCESSOR = 2  # splits are added until there are about this many
@@ -27,7 +27,7 @@ class Parts(NamedTuple):
     """What a decode step leaves for `join`.
 
     Attributes:
-        out: `[B, Hq, d]`, the answers. log_gate: of `LolaWeights`.
+        out: `[B, Hq, d]`, the answers. gates: of `LolaWeights`.
         partial: `[B, Hq, splits + 1, d]`: softmax sums of each part, and y_lin. stats:
             `[B, Hq, splits + 1, 2]`: (m, norm) of each, and log D in place of m. Both float32; not
             read of one part.
@@ -35,7 +35,7 @@ class Parts(NamedTuple):
     """
 
     out: Tensor
-    log_gate: Tensor
+    gates: Tensor
     partial: Tensor
     stats: Tensor
     splits: int
@@ -67,7 +67,8 @@ def join(
         norm = tl.load(stats_ptr + (base + parts) * 2 + 1, mask=part_ok, other=0.0)
         top = tl.max(m, 0)  # finite: the new token is in part 0
         weight = tl.exp(m - top)
-        total = tl.sum(norm * weight, 0)
+        log_gate, sink = load_gates(gate_ptr, head, head < SHAPE.NUM_HEADS)
+        total = tl.sum(norm * weight, 0) + tl.exp(sink - top)
         sums = tl.load(
             partial_ptr + (base + parts)[:, None] * D + cols[None, :],
             mask=part_ok[:, None] & col_ok[None, :],
@@ -77,7 +78,6 @@ def join(
         y_lin = tl.load(partial_ptr + (base + splits) * D + cols, mask=col_ok, other=0.0)
         one = tl.zeros([1], tl.int32)
         log_D = tl.load(stats_ptr + (base + splits) * 2 + one)
-        log_gate = tl.load(gate_ptr + head).to(tl.float32)
         y = mix(
             top, total + one.to(tl.float32), y_soft[None, :], y_lin[None, :], log_D, log_gate,
             SUBTRACT_MAX,

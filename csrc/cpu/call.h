@@ -90,7 +90,7 @@ struct Call {
   TokenRows q, k, v, out;     // [T, heads, d]
   const void* feature_map_q;  // [Hq, d, F], of the dtype of H and s
   const void* feature_map_k;  // [1 or 2, Hs of the layer, d, F], at the first map of these heads
-  const void* log_gate;       // [Hq]
+  const void* gates;          // [Hq, 2]
   const void* importance;     // [Hkv, importance_size()], only where layout.has_score_weights
   int64_t layer_state_heads;  // Hs of the layer
 
@@ -117,7 +117,12 @@ struct Call {
   }
   template <typename T>
   T gate(int64_t head) const {
-    return static_cast<const T*>(log_gate)[head];
+    return static_cast<const T*>(gates)[2 * head];
+  }
+  // The logit of a head's learned sink, -inf where it has none.
+  template <typename T>
+  T sink_logit(int64_t head) const {
+    return static_cast<const T*>(gates)[2 * head + 1];
   }
 };
 

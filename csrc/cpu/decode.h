@@ -253,7 +253,8 @@ LOLA_INLINE void attend_segments(const Call& call, const DecodeItem& item, const
   }
   for (int64_t h = 0; h < heads; ++h) {
     x.prefetcher.template prefetch<48>();
-    x.sums[2 * h] = softmax_weights(x.z + h * stride, keys, x.sums + 2 * h + 1);
+    const T sum = softmax_weights(x.z + h * stride, keys, x.sums + 2 * h + 1);
+    x.sums[2 * h] = sum + sink_weight(call, item.set * heads + h, x.sums[2 * h + 1]);
   }
   z = x.z;
   for (int i = 0; i < kSegments; z += segments[i++].count) {

@@ -19,6 +19,12 @@ LOLA_INLINE T feature_sum(const T* phi, const T* s, int64_t F2) {
   return reduce<Sum>(products);
 }
 
+// What a head's learned sink, a pair without a value, adds to the sum of exp(logit - largest).
+template <typename T>
+LOLA_INLINE T sink_weight(const Call& call, int64_t head, T largest) {
+  return __builtin_exp(call.sink_logit<T>(head) - largest);
+}
+
 // What the softmax over the exact pairs weighs in a head's answer: r = sigmoid(log of its weight
 // over D), with the largest logit and the sum of exp(logit - largest).
 template <typename T>

@@ -36,10 +36,11 @@ struct Answer {
 
   // The joint mixture, section 4 of docs/algorithm.md.
   LOLA_DEVICE float value(const Group& p, int64_t head, bool folded) const {
-    const float exact = soft / total;
+    const float sum = total + exp2f(p.gates[2 * head + 1] / kLn2 - largest);  // and a learned sink
+    const float exact = soft / sum;
     if (!folded) return exact;
-    const float lse = logf(total) + (p.layout.subtract_max != 0 ? 0.0f : largest * kLn2);
-    const float weight = 1.0f / (1.0f + expf(logf(normal) - lse - p.log_gate[head]));
+    const float lse = logf(sum) + (p.layout.subtract_max != 0 ? 0.0f : largest * kLn2);
+    const float weight = 1.0f / (1.0f + expf(logf(normal) - lse - p.gates[2 * head]));
     return weight * exact + (1.0f - weight) * (linear / normal);
   }
 };

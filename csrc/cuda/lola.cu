@@ -166,11 +166,11 @@ const PageLayout* device_table(const Tensor& t, int64_t count) {
 }
 
 void decode(const Tensor& pages, const Tensor& layout, const Tensor& device_layout,
-            const Tensor& feature_map_q, const Tensor& feature_map_k, const Tensor& log_gate,
+            const Tensor& feature_map_q, const Tensor& feature_map_k, const Tensor& gates,
             const Tensor& importance, const Tensor& q, const Tensor& k, const Tensor& v,
             const Tensor& state_indices, const Tensor& seq_lens, const Tensor& out) {
   const Layouts layouts = check_call(
-      {pages, layout, feature_map_q, feature_map_k, log_gate, importance, q, k, v, out}, kDevice);
+      {pages, layout, feature_map_q, feature_map_k, gates, importance, q, k, v, out}, kDevice);
   const PageLayout& x = *layouts.first;
   LOLA_CHECK(x.head_dim <= kMaxHeadDim, "q: head size ", x.head_dim, ", at most ", kMaxHeadDim);
   LOLA_CHECK(x.kv_dtype != DType::f64 && x.state_dtype == DType::f32,
@@ -190,7 +190,7 @@ void decode(const Tensor& pages, const Tensor& layout, const Tensor& device_layo
   check_float(v, "v", {x.kv_dtype});
   p.feature_map_q = static_cast<const float*>(feature_map_q.data_ptr());
   p.feature_map_k = static_cast<const float*>(feature_map_k.data_ptr());
-  p.log_gate = static_cast<const float*>(log_gate.data_ptr());
+  p.gates = static_cast<const float*>(gates.data_ptr());
   p.importance_weights = static_cast<const float*>(importance.data_ptr());
   p.pages = static_cast<char*>(pages.data_ptr());
   p.page_stride = pages.stride(0);

@@ -47,7 +47,7 @@ struct Params {
   DType q_type, out_type;      // k and v are of the pages' type
   const float* feature_map_q;  // [layer_heads, head_dim, feature_dim], contiguous
   const float* feature_map_k;  // [1 or 2, layer_state_heads, head_dim, feature_dim], contiguous
-  const float* log_gate;       // [layer_heads]
+  const float* gates;          // [layer_heads, 2]: log gates, and logits of learned sinks
   const float* importance_weights;  // [KV heads of the layer, importance_size()], only where pairs
                                     // are weighted
   char* pages;
@@ -118,7 +118,7 @@ struct Group : Params {
     skip(k, layout.kv_dtype, first_kv_head);
     skip(v, layout.kv_dtype, first_kv_head);
     skip(out, out_type, first_head);
-    log_gate += first_head;
+    gates += 2 * first_head;
     if (layout.has_score_weights != 0) {
       importance_weights += first_kv_head * layout.importance_size();
     }

@@ -112,8 +112,6 @@ def _of_layers(config: Any) -> str | None:
             attention, "layer_idx"
         ) or "ALL_ATTENTION_FUNCTIONS" not in inspect.getsource(type(attention).forward):
             return other
-        if getattr(attention, "sinks", None) is not None:
-            return "its attention has learned sinks in the denominator, and LoLA's has none"
         if rotary is None or not hasattr(
             inspect.getmodule(type(attention)), "apply_rotary_pos_emb"
         ):

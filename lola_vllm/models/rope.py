@@ -75,7 +75,7 @@ def head_order(attention: nn.Module, rotary: nn.Module, head_dim: int) -> HeadOr
         return HeadOrder(None, 0, False)
     with torch.device("cpu"):
         cos, sin = angles(attention, rotary, torch.tensor([1]), torch.float32)
-        width = cos.shape[-1]
+        width = cos.shape[-1] * (1 if _repeats(sin[0]) else 2)
         unit = torch.zeros(width)
         unit[0] = 1
         turned = _apply(attention, unit.expand(1, -1), cos, sin)[0]
@@ -173,6 +173,13 @@ def embeddings(
     kind = _layer_type(attention, rotary)
     made: tuple[Tensor, Tensor] = rotary(x, positions, *([] if kind is None else [kind]))
     return made
+
+
+def _repeats(sin: Tensor) -> bool:
+    """Whether a table has a column for each number of a head that turns; gpt-oss's has one for both
+    numbers of a pair."""
+    one, two = sin.chunk(2)
+    return torch.equal(one, two) or torch.equal(sin[::2], sin[1::2])
 
 
 def _pairs(width: int, interleaved: bool) -> tuple[Tensor, Tensor]:

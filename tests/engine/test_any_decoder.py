@@ -26,6 +26,7 @@ SERVED = (
     "cohere2",  # neighbours turn together, parallel blocks, sliding layers alone have RoPE
     "gemma3_text",  # norms of q and k, sliding layers with a RoPE of their own
     "glm",  # half of a head turns
+    "gpt_oss",  # learned sinks, also of sliding layers, experts with biases
     "granite",  # multipliers, a scale of attention
     "mixtral",  # experts
     "olmo2",  # norms behind, and of q and k as a whole

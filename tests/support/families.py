@@ -50,6 +50,16 @@ OTHERS: dict[str, dict[str, Any]] = {
         },
         **SLIDING,
     },
+    "gpt_oss": {  # learned sinks, experts with biases, sliding layers, a table of half a head
+        "sliding_window": 24,
+        "num_local_experts": 4,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+        **SLIDING,
+    },
     "olmo3": {"sliding_window": 24, **SLIDING},  # sliding layers, norms of q and k
     "smollm3": {"no_rope_layers": [1, 0]},  # a layer without RoPE
     "stablelm": {"rope_parameters": {"partial_rotary_factor": 0.25}},  # a quarter of a head
@@ -94,6 +104,8 @@ def make_base(out: Path, family: str, **changes: Any) -> PreTrainedModel:
                 parameter.normal_(0, 0.3)
             elif name.endswith(("q_norm.weight", "k_norm.weight")):
                 parameter.uniform_(0.5, 1.5)
+            elif name.endswith("sinks"):
+                parameter.normal_(1, 1)
             elif family in OTHERS and parameter.dim() > 1:
                 parameter.normal_(0, 0.15)
     model.save_pretrained(out)

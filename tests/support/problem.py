@@ -43,6 +43,7 @@ class Problem:
         feature_map_q: `[Hq, d, F]`. feature_map_k: `[Hs, d, F]`. window_factors: `[Hq]`.
         importance: `[Hkv, d // 2 + d + 1]`, or None.
         rotation: of context shifts, in float64; None where there are none.
+        sink_logits: `[Hq]`, of learned sinks, or None.
     """
 
     q: Tensor
@@ -54,13 +55,14 @@ class Problem:
     config: LolaConfig
     importance: Tensor | None = None
     rotation: KeyRotation | None = None
+    sink_logits: Tensor | None = None
 
     def reference(self) -> tuple[Tensor, LolaState]:
         """The truth, in float64 (from float32 or bfloat16 inputs too)."""
         tensors = (self.q, self.k, self.v, self.feature_map_q, self.feature_map_k)
         doubles = [t.double() for t in (*tensors, self.window_factors)]
         importance = None if self.importance is None else self.importance.double()
-        return lola_attention(*doubles, self.config, importance, self.rotation)
+        return lola_attention(*doubles, self.config, importance, self.rotation, self.sink_logits)
 
     def weights(self) -> LolaWeights:
         """As a layer has them."""
@@ -72,6 +74,7 @@ class Problem:
             self.k.shape[1],
             self.importance,
             self._rotation(),
+            self.sink_logits,
         )
 
     def layout(self) -> StateLayout:
@@ -130,6 +133,7 @@ class Problem:
             feature_map_k=other.feature_map_k,
             window_factors=other.window_factors,
             importance=other.importance,
+            sink_logits=other.sink_logits,
         )
 
     def of_head(self, head: int, config: LolaConfig | None = None) -> Problem:
@@ -148,6 +152,7 @@ class Problem:
             feature_map_k=own(self.feature_map_k),
             window_factors=own(self.window_factors),
             importance=None if self.importance is None else own(self.importance),
+            sink_logits=None if self.sink_logits is None else own(self.sink_logits),
             config=config or self.config,
         )
 
@@ -167,12 +172,14 @@ def make_problem(
     scale: float = 1.0,
     schedule: ShiftSchedule | None = None,
     rotated: int | None = None,
+    sinks: bool = False,
 ) -> Problem:
     """A random problem; `scale` multiplies q and k, so logits grow with its square.
 
     Args:
         schedule: of context shifts, which rotate the first `rotated` (default: all) dimensions of
             a key.
+        sinks: whether heads have learned sinks.
     """
     gen = torch.Generator().manual_seed(seed)
 
@@ -194,7 +201,9 @@ def make_problem(
     if schedule is not None:
         angles = schedule.interval * 10.0 ** -torch.arange((rotated or d) // 2).double()
         rotation = KeyRotation(schedule, angles.cos(), angles.sin())
-    return Problem(*(t.to(dtype) for t in tensors), factors, config, weights, rotation)
+    sink_logits = (randn(Hq) * scale).to(wide) if sinks else None
+    tensors = [t.to(dtype) for t in tensors]
+    return Problem(*tensors, factors, config, weights, rotation, sink_logits)
 
 
 def with_a_trend(T: int, config: LolaConfig, **options: Any) -> Problem:

@@ -35,20 +35,23 @@ class LolaWeights:
         key_maps: `[1 or 2, Hs, d, F]`, what ops map keys by: the feature map of keys, and where
             contexts shift the rotated key map (`KeyRotation.rotated_map`), for pages that were
             shifted.
-        log_gate: `[Hq]`, log g - log(weight of the linear part): logit(g) for mixing "lola",
-            log g for "lolcats" (section 4 of `docs/algorithm.md`).
+        gates: `[Hq, 2]`, of each query head log g - log(weight of the linear part), which is
+            logit(g) for mixing "lola" and log g for "lolcats", and the logit of its learned sink,
+            -inf where it has none (section 4 of `docs/algorithm.md`).
         subtract_max: the "lolcats" mixing weighs exact pairs relative to their largest logit.
         importance: `[Hkv, d // 2 + d + 1]`, what `reference.pair_importance` takes; `[0, ...]`
             where scores have no weights (`StateLayout.has_score_weights`).
+        has_sinks: whether the base has learned sinks (gpt-oss).
         rotation: of keys, by a context shift; None where contexts do not shift.
             `core/ops/context_shift.py` does it between the ops.
     """
 
     feature_map_q: Tensor
     key_maps: Tensor
-    log_gate: Tensor
+    gates: Tensor
     subtract_max: bool
     importance: Tensor
+    has_sinks: bool
     rotation: KeyRotation | None = None
 
     @classmethod
@@ -61,6 +64,7 @@ class LolaWeights:
         num_kv_heads: int,
         importance: Tensor | None = None,
         rotation: KeyRotation | None = None,
+        sink_logits: Tensor | None = None,
     ) -> LolaWeights:
         """Make the weights of a layer from checkpoint tensors.
 
@@ -72,18 +76,24 @@ class LolaWeights:
             feature_map_q, feature_map_k, importance: as the attributes; feature_map_k
                 `[Hs, d, F]`. window_factors: `[Hq]`, logits of the gate g.
             mixing: "lola" or "lolcats". num_kv_heads: Hkv. rotation: as the attribute.
+            sink_logits: `[Hq]`, of the base's learned sinks; None: it has none.
         """
         wide = torch.promote_types(feature_map_q.dtype, torch.float32)
         factors = window_factors.to(torch.promote_types(window_factors.dtype, torch.float32))
         lolcats = mixing == "lolcats"
         log_gate = torch.nn.functional.logsigmoid(factors) if lolcats else factors
+        has_sinks = sink_logits is not None
+        if sink_logits is None:
+            sink_logits = torch.full_like(log_gate, -torch.inf)
+        gates = torch.stack([log_gate, sink_logits.to(log_gate)], dim=1)
         if importance is None:
             weighed = num_kv_heads if rotation is not None else 0
             importance = log_gate.new_zeros(weighed, importance_size(feature_map_k.shape[1]))
         maps = feature_map_k.to(wide)[None]
         if rotation is not None and rotation.schedule.fold_rotation:
             maps = torch.cat([maps, rotation.rotated_map(maps[0])[None]])
-        return cls(feature_map_q.to(wide), maps, log_gate, lolcats, importance.to(wide), rotation)
+        wide_q, importance = feature_map_q.to(wide), importance.to(wide)
+        return cls(wide_q, maps, gates, lolcats, importance, has_sinks, rotation)
 
     @classmethod
     def of_window(
@@ -94,6 +104,7 @@ class LolaWeights:
         mixing: str,
         like: Tensor,
         rotation: KeyRotation | None,
+        sink_logits: Tensor | None = None,
     ) -> LolaWeights:
         """The weights of a sliding layer, which has no maps: F = 0, and a state head per KV head.
 
@@ -108,6 +119,7 @@ class LolaWeights:
             mixing,
             num_kv_heads,
             rotation=rotation,
+            sink_logits=sink_logits,
         )
 
     def of_group(self, index: int, count: int, feature_dim: int) -> LolaWeights:
@@ -125,14 +137,19 @@ class LolaWeights:
             self,
             feature_map_q=part(self.feature_map_q)[..., :feature_dim],
             key_maps=part(self.key_maps, 1)[..., :feature_dim],
-            log_gate=part(self.log_gate),
+            gates=part(self.gates),
             importance=part(self.importance),
         )
 
     @property
     def num_heads(self) -> int:
         """Query heads, Hq."""
-        return len(self.log_gate)
+        return len(self.gates)
+
+    @property
+    def sink_logits(self) -> Tensor | None:
+        """`[Hq]`, of learned sinks; None: there are none."""
+        return self.gates[:, 1] if self.has_sinks else None
 
     @property
     def rotated_map_after(self) -> int:
@@ -169,7 +186,7 @@ class LolaWeights:
         shapes: dict[str, tuple[int, ...]] = {
             "feature_map_q": (Hq, d, F),
             "key_maps": (len(self.key_maps), Hs, d, F),
-            "log_gate": (Hq,),
+            "gates": (Hq, 2),
             "importance": (Hkv if page.has_score_weights else 0, importance_size(d)),
         }
         for name, shape in shapes.items():

@@ -79,5 +79,5 @@ def arguments(
 ) -> tuple[Tensor, ...]:
     """The arguments of the ops in `csrc/ops.h`, in their order."""
     w = layer.weights
-    weights = (w.feature_map_q, w.key_maps, w.log_gate, w.importance)
+    weights = (w.feature_map_q, w.key_maps, w.gates, w.importance)
     return (layer.pages, layer.table, layer.device_table, *weights, q, k, v, *batch, out)

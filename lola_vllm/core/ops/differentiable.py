@@ -127,6 +127,7 @@ def lola_attention_parallel(
     config: LolaConfig,
     chunks: Tensor | None = None,
     importance: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """LoLA attention over whole sequences from empty states, with gradients to every tensor.
 
@@ -139,6 +140,7 @@ def lola_attention_parallel(
         chunks: `[N]` int64, the chunks whose queries to answer; default: all.
         importance: `[Hkv, d // 2 + d + 1]`, weights of `pair_importance`; None: scores are not
             weighted. It decides a choice, so it gets no gradient.
+        sink_logits: `[Hq]`, of learned sinks (gpt-oss); None: there are none.
 
     Returns:
         `[B, T, Hq, d]` in q's dtype; with `chunks`, `[B, N * C, Hq, d]` for the queries of those
@@ -155,10 +157,11 @@ def lola_attention_parallel(
             _parts(x, 0, count) for x in (feature_map_q, feature_map_k, window_factors)
         )
         weights_of = [None] * count if importance is None else importance.split(1)
+        sinks_of = [None] * count if sink_logits is None else _parts(sink_logits, 0, count)
         answers = [
             lola_attention_parallel(
                 q_of[i], k_of[i], v_of[i], map_q_of[i], map_k_of[i], factors_of[i], heads[i],
-                chunks, weights_of[i],
+                chunks, weights_of[i], sinks_of[i],
             )
             for i in range(count)
         ]  # fmt: skip
@@ -207,6 +210,10 @@ def lola_attention_parallel(
         lse, largest = (
             _per_query_head(x.unsqueeze(-1), Hq).squeeze(-1) for x in (exact.lse, exact.largest)
         )  # [B, Hq, N, C]
+        if sink_logits is not None:
+            of_pairs = lse
+            lse = torch.logaddexp(lse, sink_logits.to(dtype)[:, None, None])
+            y = y * (of_pairs - lse).exp().unsqueeze(-1)
 
         phi_q = feature_map(rows, map_q[:, None])  # [B, Hq, N, C, 2F]
         by_state = _per_head(phi_q, Hs)

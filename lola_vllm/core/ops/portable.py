@@ -213,7 +213,8 @@ def _attend(group: HeadGroup, q: Tensor, chunk: Chunk, query_positions: Tensor) 
         ],
         dim=-1,
     )
-    lse = logits.logsumexp(-1)  # [B, Hq, L]
+    log_gate, sink = weights.gates.to(dtype)[:, :, None].unbind(1)  # [Hq, 1]
+    lse = torch.logaddexp(logits.logsumexp(-1), sink)  # [B, Hq, L]
     p_exact, p_sparse = (logits - lse.unsqueeze(-1)).exp().split([exact_rows, sparse_rows], dim=-1)
     y = (per_head(p_exact, exact_v.shape[1]) @ exact_v).view(B, Hq, L, d)
     y = y + (per_head(p_sparse, sparse_v.shape[1]) @ sparse_v).view(B, Hq, L, d)
@@ -227,7 +228,7 @@ def _attend(group: HeadGroup, q: Tensor, chunk: Chunk, query_positions: Tensor) 
         y_lin = (phi_q @ H).view(B, Hq, L, d) / D.unsqueeze(-1)
         if weights.subtract_max:
             lse = lse - logits.amax(-1)
-        r = torch.sigmoid(lse + weights.log_gate.to(dtype)[:, None] - D.log()).unsqueeze(-1)
+        r = torch.sigmoid(lse + log_gate - D.log()).unsqueeze(-1)
         y = torch.where(empty[:, None, None, None], y, r * y + (1 - r) * y_lin)
     return y.transpose(1, 2)
 

@@ -92,7 +92,14 @@ def pair_importance(k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
 
 
 def mix(
-    logits: Tensor, v: Tensor, phi_q: Tensor, H: Tensor, s: Tensor, factor: Tensor, mixing: str
+    logits: Tensor,
+    v: Tensor,
+    phi_q: Tensor,
+    H: Tensor,
+    s: Tensor,
+    factor: Tensor,
+    mixing: str,
+    sink_logit: Tensor | None = None,
 ) -> Tensor:
     """One query's output: softmax over the exact pairs mixed with the linear read-out.
 
@@ -103,15 +110,18 @@ def mix(
         v: `[S, d]`. phi_q: `[2F]`. H: `[2F, d]`. s: `[2F]`.
         factor: scalar before the sigmoid, g = sigmoid(factor).
         mixing: "lola" or "lolcats".
+        sink_logit: scalar, of a learned sink: a pair more in the denominator, whose value is 0.
 
     Returns:
         `[d]`.
     """
-    y_soft = logits.softmax(0) @ v
+    lse = logits.logsumexp(0)
+    if sink_logit is not None:
+        lse = torch.logaddexp(lse, sink_logit)
+    y_soft = (logits - lse).exp() @ v
     D = phi_q @ s
     if D == 0:  # nothing was folded in yet
         return y_soft
-    lse = logits.logsumexp(0)
     log_g = torch.nn.functional.logsigmoid(factor)
     if mixing == "lolcats":
         lse, log_not_g = lse - logits.max(), torch.zeros_like(factor)
@@ -131,6 +141,7 @@ def lola_attention(
     config: LolaConfig,
     importance: Tensor | None = None,
     rotation: KeyRotation | None = None,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, LolaState]:
     """LoLA attention over a whole sequence, causal, from an empty state.
 
@@ -144,6 +155,7 @@ def lola_attention(
         importance: `[Hkv, d // 2 + d + 1]`, weights of `pair_importance`; None: scores are not
             weighted.
         rotation: of keys, by a context shift, `[d / 2]` angles or fewer; None: none comes.
+        sink_logits: `[Hq]`, of learned sinks (gpt-oss); None: there are none.
 
     Returns:
         out `[T, Hq, d]` in q's dtype, and the state after the T tokens.
@@ -205,6 +217,7 @@ def lola_attention(
                 s[state_head],
                 window_factors[h],
                 config.mixing,
+                None if sink_logits is None else sink_logits[h].to(dtype),
             )
         if (t + 1) % C == 0:
             window, evicted = _evict(window, t + 1 - eta)

@@ -258,13 +258,14 @@ class _Problem:
         weights = LolaWeights.prepare(
             (randn(Hq, d, F) / d**0.5).to(own.feature_map_q.dtype),
             (randn(Hs, d, F) / d**0.5).to(own.feature_map_q.dtype),
-            randn(Hq).to(own.log_gate.dtype),
+            randn(Hq).to(own.gates.dtype),
             "lolcats" if own.subtract_max else "lola",
             Hkv,
-            (randn(Hkv, importance_size(d)) * 0.1).to(own.log_gate.dtype)
+            (randn(Hkv, importance_size(d)) * 0.1).to(own.gates.dtype)
             if len(own.importance)
             else None,
             rotation,
+            randn(Hq),
         )
         T = live + _after(live, C) + 3
         q, k, v = (randn(T, heads, d).to(page.kv_dtype) for heads in (Hq, Hkv, Hkv))

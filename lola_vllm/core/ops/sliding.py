@@ -45,9 +45,8 @@ def decode(
         torch.where(newest, new[:, :, None], exact[pages].masked_fill(~seen, 0))
         for new, exact in ((k, views.exact_k), (v, views.exact_v))
     )
-    answers = scaled_dot_product_attention(
-        q[:, :, None], keys, values, seen.mT, enable_gqa=True
-    ).squeeze(2)
+    sinks = layer.weights.sink_logits
+    answers = masked_attention(q[:, :, None], keys, values, seen.mT, sinks).squeeze(2)
     out.copy_(answers.masked_fill(~live[:, None, None], 0))
     row = last[:, 0] % W
     for new, exact in ((k, views.exact_k), (v, views.exact_v)):
@@ -72,31 +71,69 @@ def prefill(
             for new, exact in ((k, views.exact_k), (v, views.exact_v))
         )
         queries = q[own].transpose(0, 1)[None]
-        out[own] = attend(queries, keys, values, W)[0].transpose(0, 1)
+        answers = attend(queries, keys, values, W, None, layer.weights.sink_logits)
+        out[own] = answers[0].transpose(0, 1)
         kept = torch.arange(max(0, n - W), n, device=q.device)
         to = (context + kept) % W
         for new, exact in ((k, views.exact_k), (v, views.exact_v)):
             exact[page, :, to] = new[own][kept].transpose(0, 1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None = None) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    scale: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
     """Answers `[B, Hq, n, d]` to the last n tokens of k and v `[B, Hkv, m, d]`, m >= n.
 
     Args:
         q: `[B, Hq, n, d]`. window: W, pairs that a query sees, its own included.
         scale: of logits; None: 1 / sqrt(d).
+        sink_logits: `[Hq]`, of learned sinks (gpt-oss); None: there are none.
     """
     n, m = q.shape[2], k.shape[2]
     answers = []
-    for first in range(0, n, max(BLOCK, window)):
-        stop = min(n, first + max(BLOCK, window))
+    step = max(BLOCK, window) if sink_logits is None else BLOCK  # a bias by head is large
+    for first in range(0, n, step):
+        stop = min(n, first + step)
         at = torch.arange(first, stop, device=q.device)[:, None] + m - n
         begin = max(0, first + m - n - window + 1)
         held = torch.arange(begin, stop + m - n, device=q.device)
         seen = (held <= at) & (held > at - window)
         keys, values = (x[:, :, begin : stop + m - n] for x in (k, v))
         own = q[:, :, first:stop]
-        answers.append(
-            scaled_dot_product_attention(own, keys, values, seen, scale=scale, enable_gqa=True)
-        )
+        answers.append(masked_attention(own, keys, values, seen, sink_logits, scale))
     return torch.cat(answers, dim=2)
+
+
+def causal(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, sink_logits: Tensor | None
+) -> Tensor:
+    """Softmax attention over all tokens: `attend` where a window holds all."""
+    if sink_logits is not None:
+        return attend(q, k, v, k.shape[2], scale, sink_logits)
+    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+
+
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    sink_logits: Tensor | None,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention `[B, Hq, n, d]` to k and v `[B, Hkv, m, d]` where `seen` `[..., n, m]` is.
+
+    A learned sink is a key and a value of zeros, and a bias of its logit.
+    """
+    if sink_logits is not None:
+        k, v = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
+        shape = (*seen.shape[:-3], len(sink_logits), q.shape[2], 1)
+        of_sinks = sink_logits.to(q.dtype)[:, None, None].expand(shape)
+        bias = torch.where(seen, 0, -torch.inf).to(q.dtype).expand(*shape[:-1], -1)
+        seen = torch.cat([bias, of_sinks], dim=-1)
+    return scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True)

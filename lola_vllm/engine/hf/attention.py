@@ -72,12 +72,25 @@ def in_form(module: Any, q: Tensor, k: Tensor, scaling: float | None) -> tuple[T
     return (q if scaling in (None, own) else q * (scaling / own)), k
 
 
-def lola_weights(module: Any, lola: LolaConfig, rotation: KeyRotation | None) -> LolaWeights:
-    """A layer's weights as ops take them, without gradients."""
+def lola_weights(
+    module: Any,
+    lola: LolaConfig,
+    rotation: KeyRotation | None,
+    sink_logits: Tensor | None = None,
+) -> LolaWeights:
+    """A layer's weights as ops take them, without gradients.
+
+    Args:
+        sink_logits: `[Hq]`, of the decoder's learned sinks; None: it has none.
+    """
+    if sink_logits is not None:
+        sink_logits = sink_logits.detach()
     if module.lola_window is not None:
         config = module.config
         sizes = config.num_attention_heads, config.num_key_value_heads, module.head_dim
-        return LolaWeights.of_window(*sizes, lola.mixing, next(module.parameters()), rotation)
+        return LolaWeights.of_window(
+            *sizes, lola.mixing, next(module.parameters()), rotation, sink_logits
+        )
     importance = module.importance
     return LolaWeights.prepare(
         module.feature_map_q.detach(),
@@ -87,6 +100,7 @@ def lola_weights(module: Any, lola: LolaConfig, rotation: KeyRotation | None) ->
         module.config.num_key_value_heads,
         None if importance is None else importance.detach(),
         rotation,
+        sink_logits,
     )
 
 
@@ -99,29 +113,32 @@ def attention(
     scaling: float | None = None,
     *,
     lola: Forward | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """LoLA attention of a layer: `[B, H, Q, d]` in, `[B, Q, Hq, d]` out, and no weights.
 
     `lola` says which columns are tokens; `mask` is not looked at. Decoders whose layers do not pass
-    it on (StableLM's) have it in `module.lola_forward`.
+    it on (StableLM's) have it in `module.lola_forward`. `s_aux` are the logits of learned sinks.
     """
     lola = lola or module.lola_forward[0]
     assert lola is not None
     query, key = in_form(module, query, key, scaling)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if lola.cache is None:
-        return _attend_whole(module, q, k, v, lola.tokens), None
+        return _attend_whole(module, q, k, v, lola.tokens, s_aux), None
     index = module.layer_idx
     layer = lola.cache.layers[index]
     rotation = None if lola.rotations is None else lola.rotations[index]
-    attended = layer.attend(q, k, v, lola_weights(module, layer.lola, rotation), lola.tokens)
+    attended = layer.attend(q, k, v, lola_weights(module, layer.lola, rotation, s_aux), lola.tokens)
     if torch.is_grad_enabled() and q.requires_grad:
         attended = _NoGradient.apply(attended, q)
     return attended, None
 
 
-def _attend_whole(module: Any, q: Tensor, k: Tensor, v: Tensor, tokens: NewTokens) -> Tensor:
+def _attend_whole(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, tokens: NewTokens, sink_logits: Tensor | None
+) -> Tensor:
     """Attention over whole sequences, with gradients. Padding is moved behind the tokens."""
     dropout = getattr(module, "attention_dropout", 0)
     if module.training and dropout:
@@ -131,11 +148,12 @@ def _attend_whole(module: Any, q: Tensor, k: Tensor, v: Tensor, tokens: NewToken
         q, k, v = (_columns(x, order) for x in (q, k, v))
     if module.lola_window is not None:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = sliding.attend(q, k, v, module.lola_window).transpose(1, 2)
+        out = sliding.attend(q, k, v, module.lola_window, None, sink_logits).transpose(1, 2)
     else:
         lola, _ = module.config.for_layer(module.layer_idx)
         weights = (module.feature_map_q, module.feature_map_k, module.window_factors)
-        out = lola_attention_parallel(q, k, v, *weights, lola, importance=module.importance)
+        also = {"importance": module.importance, "sink_logits": sink_logits}
+        out = lola_attention_parallel(q, k, v, *weights, lola, **also)
     return out if order is None else _columns(out, order.argsort(1))
 
 

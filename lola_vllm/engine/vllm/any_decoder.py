@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.config import VllmConfig
 from vllm.model_executor.models.transformers import (
     TransformersForCausalLM,
@@ -31,8 +32,8 @@ class LolaDecoderAttention(LolaAttention):
     """LoLA attention as vLLM's Transformers backend makes and calls attention.
 
     Raises:
-        ValueError: the decoder asks for what LoLA's attention has not: a cap of logits, sinks, or
-            another window than its config says.
+        ValueError: the decoder asks for what LoLA's attention has not: a cap of logits, or another
+            window than its config says.
     """
 
     def __init__(
@@ -50,10 +51,11 @@ class LolaDecoderAttention(LolaAttention):
         for name, value, known in (
             ("attn_logit_softcapping", logits_soft_cap, None),
             ("sliding_window", per_layer_sliding_window, window),
-            ("sinks", sinks, None),
         ):
             if value is not known and value != known:
                 raise ValueError(f"{prefix}: {name} = {value!r}: LoLA attention has {known}")
+        self.has_sink = sinks is not None  # vLLM's backend asks for it by this name
+        self.sink_logits = sinks  # the decoder's own parameter, of this rank's heads
         own = self.head_dim**-0.5
         self.q_factor = None if scale == own else scale / own
 
@@ -163,3 +165,12 @@ class LolaMoEForCausalLM(  # type: ignore[misc]
     _AnyDecoder, TransformersMoEForCausalLM, HasLolaState
 ):
     """A LoLA model of any decoder with experts."""
+
+    def recursive_replace(self) -> None:
+        """vLLM's hook: replace modules. It tells what experts compute by the architecture's name,
+        which is LoLA's in the config."""
+        own, base = self.config, self._from_config_kwargs["config"]
+        base.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base.model_type]]
+        self.config = base
+        super().recursive_replace()
+        self.config = own

@@ -83,6 +83,7 @@ class LolaAttention(nn.Module, MambaBase):
                 shape = (importance_size(self.head_dim),)
                 self.importance = _head_parameter(self.num_kv_heads, shape, kv_heads, torch.float32)
 
+        self.sink_logits: Tensor | None = None  # of the base's learned sinks, `[Hq]`
         self.has_rope = True
         self.kv_cache = (torch.tensor([]),)
         self.state: LayerState | None = None
@@ -196,10 +197,11 @@ class LolaAttention(nn.Module, MambaBase):
             rotation = KeyRotation.of_table(
                 self.schedule, cos.to(pages.device), sin.to(pages.device)
             )
+        sinks = None if self.sink_logits is None else self.sink_logits.data
         if self.layout.slides:
             sizes = self.num_heads, self.num_kv_heads, self.head_dim
             like = torch.empty(0, dtype=self.layout.pages[0].kv_dtype, device=pages.device)
-            weights = LolaWeights.of_window(*sizes, self.lola.mixing, like, rotation)
+            weights = LolaWeights.of_window(*sizes, self.lola.mixing, like, rotation, sinks)
         else:
             weights = LolaWeights.prepare(
                 self.feature_map_q.data,
@@ -209,6 +211,7 @@ class LolaAttention(nn.Module, MambaBase):
                 self.num_kv_heads,
                 None if self.importance is None else self.importance.data,
                 rotation,
+                sinks,
             )
         return LayerState.bind(weights, self.layout, pages)
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
 from lola_vllm.core.ops import sliding
@@ -56,18 +55,23 @@ def attention(
     scaling: float | None = None,
     *,
     lola_window: _Window,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Softmax attention, `[1, H, T, d]` in and `[1, T, Hq, d]` out, recorded."""
     q, k = in_form(module, q, k, scaling)
     if module.lola_window is not None:
-        return sliding.attend(q, k, v, module.lola_window).transpose(1, 2), None
-    group = q.shape[1] // k.shape[1]
-    wide_k, wide_v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    out = scaled_dot_product_attention(q, wide_k, wide_v, is_causal=True)
+        return sliding.attend(q, k, v, module.lola_window, None, s_aux).transpose(1, 2), None
+    out = sliding.causal(q, k, v, None, s_aux)
     queries = lola_window.queries
-    logits = q[0, :, queries].float() @ wide_k[0].float().mT * q.shape[-1] ** -0.5
+    wide_k = k[0].repeat_interleave(q.shape[1] // k.shape[1], dim=0)
+    logits = q[0, :, queries].float() @ wide_k.float().mT * q.shape[-1] ** -0.5
     later = torch.arange(q.shape[2]) > queries[:, None]
-    weights = logits.masked_fill_(later, -torch.inf).softmax(-1)  # [Hq, n, T]
+    logits.masked_fill_(later, -torch.inf)
+    if s_aux is None:
+        weights = logits.softmax(-1)  # [Hq, n, T]
+    else:
+        total = torch.logaddexp(logits.logsumexp(-1), s_aux.float()[:, None])
+        weights = (logits - total.unsqueeze(-1)).exp()
     lola_window.recorder.add(module.lola_number, k[0].float(), v[0].float(), weights)
     return out.transpose(1, 2), None

@@ -38,7 +38,7 @@ from lola_vllm.core.model_types import windows_of
 from lola_vllm.core.state import PART_ALIGNMENT
 from lola_vllm.engine.hf.attention import attentions, order_heads
 from lola_vllm.models.base import read_base_config
-from lola_vllm.models.files import CheckpointError, open_weights, weight_files
+from lola_vllm.models.files import CheckpointError, open_weights, read_json, weight_files
 from lola_vllm.training.calibrate.copying import (
     ENOUGH,
     LEAST_DISTANCE,
@@ -152,11 +152,8 @@ def calibrate(
             "window; use prompts of 300 tokens or more"
         )
     transformers.AttentionInterface.register(ATTENTION, attention)
-    softmax = transformers.AutoModelForCausalLM.from_pretrained(
-        base, dtype=getattr(torch, options.dtype), attn_implementation=ATTENTION
-    ).eval()
-    order_heads(softmax)
-    maps = _identity_maps(softmax.config) if model is None else _load_weights(softmax, model)
+    transformers.AttentionInterface.register(RECENT_ATTENTION, recent_attention)
+    softmax, maps = _open(base, model, options.dtype)
     recent = _find_recent(softmax, tokenizer, texts, options)
     # Beyond more recent pairs than this the prompts would show too little to fit to.
     most = options.prompt_length // 2
@@ -172,7 +169,7 @@ def calibrate(
         length = min(2 * options.prompt_length, softmax.config.max_position_embeddings)
         plain = draw_plain(texts, tokenizer, length, PROMPTS, options.seed)
         student = _student(model, found, options)
-        softmax.set_attn_implementation("sdpa")
+        softmax.set_attn_implementation(RECENT_ATTENTION)
         worths = state_worths(student, softmax, plain)
         states = [(of_heads > options.state_worth).tolist() for of_heads in worths]
         pairs += _pairs_for_states(student.config, states)
@@ -311,50 +308,54 @@ def _best_division(
     distinct = [x for i, x in enumerate(divisions) if x not in divisions[:i]]
     if len(distinct) == 1:
         return distinct[0]
-    import transformers
-
-    transformers.AttentionInterface.register(RECENT_ATTENTION, recent_attention)
     softmax.set_attn_implementation(RECENT_ATTENTION)
     found = passage_log_probs(softmax, prompts, distinct)
     softmax.set_attn_implementation(ATTENTION)
     return distinct[int(found.argmax())]
 
 
-def _identity_maps(config: Any) -> list[Tensor]:
-    """Key maps of the layers that do not slide, as `lola-vllm init` makes them."""
-    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return [torch.eye(d).repeat(config.num_key_value_heads, 1, 1)] * len(_full_layers(config))
-
-
-def _load_weights(softmax: Any, model: Path) -> list[Tensor]:
-    """Give a softmax model the weights of a LoLA model; the key maps of its layers, in float32.
+def _open(base: Path, model: Path | None, dtype: str) -> tuple[Any, list[Tensor]]:
+    """The softmax model, with the weights of a LoLA model of it where there is one, and the key
+    maps of its layers that do not slide, in float32.
 
     Raises:
         CheckpointError: a model of other weights, or one whose linear layers are quantized.
     """
-    own = dict(softmax.named_parameters())
-    missing, maps = set(own), dict[int, Tensor]()
+    import transformers
+
+    source = model or base
+    config: Any = transformers.AutoConfig.from_pretrained(base)
+    if "quantization_config" in read_json(source / "config.json"):
+        raise CheckpointError(f"{source}: calibrate a model before it is quantized")
+    try:
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=ATTENTION,
+            output_loading_info=True,
+        )
+    except RuntimeError as error:  # another shape
+        raise CheckpointError(f"{source}: {error}; was it made of this base?") from error
+    softmax, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise CheckpointError(f"{source}: no tensor {missing[0]!r}; was it made of this base?")
+    order_heads(softmax.eval())
+    layers = _full_layers(config)
+    if model is None:
+        d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return softmax, [torch.eye(d).repeat(config.num_key_value_heads, 1, 1)] * len(layers)
+    maps = {}
     for path in weight_files(model):
         with open_weights(path) as file:
             for name in file.keys():  # noqa: SIM118
                 if name.endswith(".feature_map_k"):
                     maps[int(name.split(".")[2])] = file.get_tensor(name).float()
-            for name in missing & set(file.keys()):
-                tensor = file.get_tensor(name)
-                if tensor.shape != own[name].shape or not tensor.is_floating_point():
-                    raise CheckpointError(
-                        f"{model}: {name!r} is {tensor.dtype} {list(tensor.shape)}, the base's "
-                        f"{list(own[name].shape)}; calibrate the model before it is quantized"
-                    )
-                own[name].data.copy_(tensor)
-                missing.discard(name)
-    if missing:
-        raise CheckpointError(f"{model}: no tensor {min(missing)!r}; was it made of this base?")
-    if sorted(maps) != (layers := _full_layers(softmax.config)):
+    if sorted(maps) != layers:
         raise CheckpointError(
             f"{model}: maps of the layers {sorted(maps)}, but those that need them are {layers}"
         )
-    return [maps[layer] for layer in sorted(maps)]
+    return softmax, [maps[layer] for layer in layers]
 
 
 def report(found: Calibration) -> str:

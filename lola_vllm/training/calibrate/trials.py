@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 from transformers import DynamicCache
 
@@ -67,6 +66,7 @@ def recent_attention(
     mask: Tensor | None,
     lola_recent: Sequence[Sequence[int]] | None = None,
     scaling: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Softmax attention, q `[1, Hq, n, d]`, k and v `[1, Hkv, T, d]` in and `[1, n, Hq, d]` out.
@@ -77,19 +77,16 @@ def recent_attention(
     """
     group, n, T = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     if module.lola_window is not None:
-        return sliding.attend(q, k, v, module.lola_window, scaling).transpose(1, 2), None
+        return sliding.attend(q, k, v, module.lola_window, scaling, s_aux).transpose(1, 2), None
     if lola_recent is None:
-        wide_k, wide_v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-        out = scaled_dot_product_attention(q, wide_k, wide_v, is_causal=True, scale=scaling)
-        return out.transpose(1, 2), None
+        return sliding.causal(q, k, v, scaling, s_aux).transpose(1, 2), None
     at, outs = torch.arange(T - n, T)[:, None], []
     for head, size in enumerate(lola_recent[module.lola_number]):
         seen = torch.arange(T)  # by any query
         seen = seen[(seen < SINKS) | (seen > T - n - WINDOW - size)]
         allowed = (seen <= at) & ((seen < SINKS) | (seen > at - WINDOW - size))
         own_k, own_v = (x[:, head, None, seen].expand(-1, group, -1, -1) for x in (k, v))
-        own_q = q[:, head * group : (head + 1) * group]
-        outs.append(
-            scaled_dot_product_attention(own_q, own_k, own_v, attn_mask=allowed, scale=scaling)
-        )
+        own = slice(head * group, (head + 1) * group)
+        sinks = None if s_aux is None else s_aux[own]
+        outs.append(sliding.masked_attention(q[:, own], own_k, own_v, allowed, sinks, scaling))
     return torch.cat(outs, dim=1).transpose(1, 2), None

@@ -165,13 +165,6 @@ def lola_attention(model: Any, config: LolaConfig) -> Iterator[None]:
             layer.self_attn.lola_config = None
 
 
-def softmax_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal softmax attention, `[B, H, T, d]` each, grouped KV heads: `[B, Hq, T, d]`."""
-    return nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, enable_gqa=True
-    )
-
-
 def _attention(
     module: Any,
     query: Tensor,
@@ -179,6 +172,7 @@ def _attention(
     value: Tensor,
     mask: Tensor | None,
     scaling: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The registered attention function: `[B, H, T, d]` in, `[B, T, Hq, d]` out.
@@ -187,11 +181,12 @@ def _attention(
     """
     query, key = in_form(module, query, key, scaling)
     if module.lola_window is not None:
-        return sliding.attend(query, key, value, module.lola_window).transpose(1, 2), None
+        out = sliding.attend(query, key, value, module.lola_window, None, s_aux)
+        return out.transpose(1, 2), None
     if module.lola_config is None:
-        out = softmax_attention(query, key, value).transpose(1, 2)
+        out = sliding.causal(query, key, value, None, s_aux).transpose(1, 2)
         if getattr(module, "capture", None) is not None:
-            module.capture[:] = [x.transpose(1, 2) for x in (query, key, value)] + [out]
+            module.capture[:] = [x.transpose(1, 2) for x in (query, key, value)] + [out, s_aux]
         return out, None
     out = lola_attention_parallel(
         query.transpose(1, 2),
@@ -202,5 +197,6 @@ def _attention(
         module.window_factors,
         module.lola_config,
         importance=module.importance,
+        sink_logits=s_aux,
     )
     return out, None

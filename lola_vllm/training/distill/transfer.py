@@ -149,10 +149,10 @@ def _error(attention: Any, config: LolaConfig, chunks: Tensor) -> Tensor:
 
     It is measured after the output projection, whose result the rest of the model gets.
     """
-    q, k, v, teacher = attention.capture
+    q, k, v, teacher, sinks = attention.capture
     maps = (attention.feature_map_q, attention.feature_map_k, attention.window_factors)
     y = lola_attention_parallel(
-        q.float(), k.float(), v.float(), *maps, config, chunks, attention.importance
+        q.float(), k.float(), v.float(), *maps, config, chunks, attention.importance, sinks
     )
     C = config.update_interval
     positions = (chunks[:, None] * C + torch.arange(C, device=chunks.device)).flatten()

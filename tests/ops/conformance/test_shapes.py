@@ -39,6 +39,18 @@ def test_head_layouts_mixings_and_sinks(backend, heads):
     backend.check(problem, [2, 5, 6, 25], decode_from=decode_from, extra_stride=192)
 
 
+@pytest.mark.parametrize("mixing", ["lola", "lolcats"])
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@fewer("interpreted", dtype=[torch.float32])
+def test_learned_sinks(backend, parts, mixing, dtype):
+    config = LolaConfig(
+        window_size=ETA, sparse_cache_size=6, update_interval=4, sink_size=2, mixing=mixing
+    )
+    problem = make_problem(60, config, d=32, dtype=dtype, sinks=True)
+    backend.cut_in(parts).check(problem, [3, 25], decode_from=31, extra_stride=192)
+
+
 @pytest.mark.parametrize("Hs", [2, 3, 6, 12])
 @fewer("interpreted", Hs=[])
 def test_a_shared_set_of_several_states(backend, Hs):

@@ -179,7 +179,6 @@ def test_a_base_that_transformers_does_not_know_is_named():
             "use_sliding_window to false",
         ),
         ({"model_type": "gemma2"}, "caps the logits"),
-        ({"model_type": "gpt_oss"}, "learned sinks"),
         ({"model_type": "gemma3", "vision_config": {}}, "reads more than text"),
         ({"model_type": "deepseek_v3"}, "latent attention"),
         ({"model_type": "mamba2"}, "linear_attention|no decoder layers"),

@@ -18,7 +18,7 @@ WORDS = ["river", "stone", "and", "the", "blue", "seven", "runs", "over", "night
 OUTPUT = {"phi": "dense"}  # of the output projection, where it is not o_proj
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "glm", "phi", "phi3"])
+@pytest.mark.parametrize("family", ["gemma3_text", "glm", "gpt_oss", "mixtral", "phi", "phi3"])
 def test_two_stages_and_a_calibration(tmp_path, family):
     base, out = tmp_path / "base", tmp_path / "lola"
     stock = make_base(base, family, max_position_embeddings=512).state_dict()

@@ -43,7 +43,7 @@ def test_what_fits_is_bound(dtype):
         ("feature_map_q", lambda w: w[:, :, 1:], r"shape \[6, 16, 5\], expected \[6, 16, 6\]"),
         ("feature_map_q", lambda w: w[:3], r"shape \[3, 16, 6\], expected \[6, 16, 6\]"),
         ("key_maps", lambda w: w[:, :2], r"shape \[1, 2, 16, 6\], expected \[1, 6, 16, 6\]"),
-        ("log_gate", lambda w: w[:, None], r"shape \[6, 1\], expected \[6\]"),
+        ("gates", lambda w: w[:, 0], r"shape \[6\], expected \[6, 2\]"),
         ("feature_map_q", lambda w: w.mT.contiguous().mT, "and contiguous"),
         ("key_maps", lambda w: w.to("meta"), "on meta, the pages on cpu"),
         ("importance", lambda w: w[:0], "none given, but the layout has has_score_weights = True"),

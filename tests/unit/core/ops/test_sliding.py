@@ -22,35 +22,40 @@ PORTABLE = Backend("torch", portable.decode, portable.prefill)
 TORCH = Backend("torch", sliding.decode, sliding.prefill)
 
 
-def make(dtype: torch.dtype, window: int = W) -> LayerState:
+def make(dtype: torch.dtype, window: int = W, sinks: Tensor | None = None) -> LayerState:
     config = LolaConfig(window_size=window - 1, update_interval=1, sparse_cache_size=0)
     layout = LayerLayout.from_config(config, HKV, HKV, D, 0, dtype)
-    weights = LolaWeights.of_window(HQ, HKV, D, "lola", torch.empty(0, dtype=dtype), None)
+    weights = LolaWeights.of_window(HQ, HKV, D, "lola", torch.empty(0, dtype=dtype), None, sinks)
     pages = torch.full((4, layout.page_bytes), 255, dtype=torch.uint8)  # leftovers that are NaN
     return LayerState.bind(weights, layout, pages)
 
 
-def masked(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def masked(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: Tensor | None = None) -> Tensor:
     """`[T, H, d]` each, in float64."""
     q, k, v = (x.double().transpose(0, 1) for x in (q, k, v))
     k, v = (x.repeat_interleave(HQ // HKV, dim=0) for x in (k, v))
     at = torch.arange(q.shape[1])
     seen = (at <= at[:, None]) & (at > at[:, None] - window)
     logits = (q @ k.mT * D**-0.5).masked_fill(~seen, -torch.inf)
-    return (logits.softmax(-1) @ v).transpose(0, 1)
+    weights = logits.softmax(-1)
+    if sinks is not None:
+        one_more = sinks.double()[:, None, None].expand(-1, len(at), 1)
+        weights = torch.cat([logits, one_more], -1).softmax(-1)[..., :-1]
+    return (weights @ v).transpose(0, 1)
 
 
 @pytest.mark.parametrize("window", [2, W, 300])
 @pytest.mark.parametrize("name", ["sliding", "portable", "chosen"])
-def test_any_split_gives_masked_softmax(name, window):
+@pytest.mark.parametrize("sinks", [None, torch.linspace(-2, 3, HQ)], ids=["none", "sinks"])
+def test_any_split_gives_masked_softmax(name, window, sinks):
     """Beside a row of padding, which neither reads nor writes a page."""
-    layer = make(torch.float32, window)
+    layer = make(torch.float32, window, sinks)
     ops = {"sliding": TORCH, "portable": PORTABLE}.get(name)
     ops = ops or sliding.ops_of(layer.layout, choose_backend("cpu", torch.float32), "cpu")
     torch.manual_seed(0)
     n = 340
     q, k, v = (torch.randn(n, heads, D) for heads in (HQ, HKV, HKV))
-    wanted, answers, at = masked(q, k, v, window), torch.empty(n, HQ, D), 0
+    wanted, answers, at = masked(q, k, v, window, sinks), torch.empty(n, HQ, D), 0
     for length in (1, 5, 1, 1, 30, 1, 290, 1, 1):
         own = slice(at, at + length)
         rows, out = [x[own] for x in (q, k, v)], answers[own]
