@@ -29,7 +29,8 @@ from lola_vllm.kernels.common import (
     absorb_int8,
     int8_numbers,
     int8_scale,
-    load_gates,
+    load_gate,
+    load_sink,
     mix,
     read_state,
 )
@@ -79,7 +80,8 @@ def attend_block(
     own_kv_head, position, length, m0, q_token, q_head, k_token, v_token, out_token, out_head,
     lse_head, scale,
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, TILE_HEADS: tl.constexpr, BLOCK_N: tl.constexpr,
-    SUBTRACT_MAX: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr, kept_at=None,
+    SUBTRACT_MAX: tl.constexpr, HAS_SINKS: tl.constexpr, PARTIAL: tl.constexpr,
+    PRECISION: tl.constexpr, kept_at=None,
 ):  # fmt: skip
     """Answer queries of heads that share a state head, from the m0-th token of a chunk on.
 
@@ -171,8 +173,8 @@ def attend_block(
             else:
                 m, norm, acc = absorb(q, k, v, ok[None, :], scale, m, norm, acc, PRECISION)
 
-    log_gate, sink = load_gates(gate_ptr, head + lane, lane < num_heads)
-    norm += tl.exp(sink - m)
+    if HAS_SINKS:  # read only where there are any: the loop has no register left
+        norm += tl.exp(load_sink(gate_ptr, head + lane, lane < num_heads) - m)
     y = acc / norm[:, None]
     if any_folded(group_at, first, SHAPE):  # before this chunk
         if kept_at is None:
@@ -185,6 +187,7 @@ def attend_block(
             q, map_of(wq_ptr, head, SHAPE), h_at, s_at, cols, SHAPE.FEATURE_DIM, SHAPE, PRECISION,
             by_head,
         )  # fmt: skip
+        log_gate = load_gate(gate_ptr, head + lane, lane < num_heads)
         y = mix(m, norm, y, y_lin / z[:, None], tl.log(z), log_gate, SUBTRACT_MAX)
     to = out_at + (lane * out_head + queries * out_token)[:, None] + cols[None, :]
     tl.store(to, y.to(out_at.dtype.element_ty), mask=q_ok)
@@ -225,6 +228,7 @@ def attend_kernel(
     TILE_HEADS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SUBTRACT_MAX: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Grid (num_rows * per_row, Hs * tiles of a state head's query heads): chunks, and heads.
@@ -265,7 +269,7 @@ def attend_kernel(
             v_ptr + kv_head * v_head + token * v_token, wq_ptr, gate_ptr, out_ptr, group_at, head,
             tl.minimum(HEADS_OF_STATE - of_state, TILE_HEADS), own_kv_head, position, length, m0,
             q_token, q_head, k_token, v_token, out_token, out_head, 0, scale, SHAPE, BLOCK_M,
-            TILE_HEADS, BLOCK_N, SUBTRACT_MAX, False, PRECISION, kept_at,
+            TILE_HEADS, BLOCK_N, SUBTRACT_MAX, HAS_SINKS, False, PRECISION, kept_at,
         )  # fmt: skip
 
 

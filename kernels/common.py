@@ -234,11 +234,15 @@ def read_state(
 
 
 @triton.jit
-def load_gates(gate_ptr, heads, ok):
-    """Log gates of query heads, and logits of their learned sinks (`LolaWeights.gates`)."""
-    gate = tl.load(gate_ptr + 2 * heads, mask=ok, other=0.0)
-    sink = tl.load(gate_ptr + 2 * heads + 1, mask=ok, other=float("-inf"))
-    return gate.to(tl.float32), sink.to(tl.float32)
+def load_gate(gate_ptr, heads, ok):
+    """Log gates of query heads (`LolaWeights.gates`)."""
+    return tl.load(gate_ptr + 2 * heads, mask=ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_sink(gate_ptr, heads, ok):
+    """Logits of query heads' learned sinks (`LolaWeights.gates`)."""
+    return tl.load(gate_ptr + 2 * heads + 1, mask=ok, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit

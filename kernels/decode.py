@@ -19,7 +19,15 @@ from torch import Tensor
 from lola_vllm.core.ops.contract import DecodeBatch, LayerState
 from lola_vllm.core.state import LayerLayout
 from lola_vllm.kernels.candidates import set_at, set_of
-from lola_vllm.kernels.common import absorb, absorb_cached, features, load_gates, mix, product
+from lola_vllm.kernels.common import (
+    absorb,
+    absorb_cached,
+    features,
+    load_gate,
+    load_sink,
+    mix,
+    product,
+)
 from lola_vllm.kernels.layer import (
     EXACT_K,
     EXACT_V,
@@ -188,8 +196,8 @@ def decode_kernel(
         y_lin, log_D = y_lin / z[:, None], tl.log(z)
 
     if not SPLIT:
-        log_gate, sink = load_gates(gate_ptr, q_heads, lane_ok)
-        norm += tl.exp(sink - m)
+        log_gate = load_gate(gate_ptr, q_heads, lane_ok)
+        norm += tl.exp(load_sink(gate_ptr, q_heads, lane_ok) - m)
         y = mix(m, norm, acc / norm[:, None], y_lin, log_D, log_gate, SUBTRACT_MAX)
         tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=q_ok)
     else:

@@ -136,6 +136,7 @@ def prefill_kernel(
     TILE_HEADS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SUBTRACT_MAX: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     PARTIAL: tl.constexpr,
     PRECISION: tl.constexpr,
     SCORE_BLOCK: tl.constexpr,
@@ -220,7 +221,7 @@ def prefill_kernel(
                         group_at, head, tl.minimum(HEADS_OF_STATE - of_state, TILE_HEADS),
                         own_kv_head, position, length, m0, q_token, q_head, k_token, v_token,
                         out_token, out_head, lse_head, scale, SHAPE, BLOCK_M, TILE_HEADS, BLOCK_N,
-                        SUBTRACT_MAX, PARTIAL, PRECISION,
+                        SUBTRACT_MAX, HAS_SINKS, PARTIAL, PRECISION,
                     )  # fmt: skip
         if (stop % C == 0) & (stop >= FIRST_DUE):
             tl.debug_barrier()  # the page is read, and the chunk's pairs are written
@@ -297,8 +298,9 @@ def prefill(
         kept = kept_buffers(layout, num_rows * per_row, q.device)
     else:  # not used
         kept = Kept(weights.gates, weights.gates, rows)
+    mixing = weights.subtract_max, weights.has_sinks
     shared = prefill_constants(
-        layout, Hq, weights.subtract_max, softmax is not None, weights.rotated_map_after, apart
+        layout, Hq, mixing, softmax is not None, weights.rotated_map_after, apart
     )
     precise = precision(q.dtype)
     prefill_kernel[(num_rows * layout.num_kv_heads,)](
@@ -309,7 +311,7 @@ def prefill(
         max(layout.sizes), per_row, d**-0.5, **shared, PRECISION=precise, num_warps=NUM_WARPS,
     )  # fmt: skip
     if apart:
-        constants = attend_constants(layout, Hq, weights.subtract_max)
+        constants = attend_constants(layout, Hq, mixing)
         tiles = triton.cdiv(Hq // layout.num_state_heads, constants["TILE_HEADS"])
         attend_kernel[(num_rows * per_row, layout.num_state_heads * tiles)](
             q, k, v, out, weights.feature_map_q, weights.gates, layer.device_table,
@@ -320,29 +322,34 @@ def prefill(
         )  # fmt: skip
 
 
-def attend_constants(layout: LayerLayout, Hq: int, subtract_max: bool) -> dict[str, Any]:
-    """`attend_kernel`'s compile-time arguments, all but PRECISION."""
+def attend_constants(layout: LayerLayout, Hq: int, mixing: tuple[bool, bool]) -> dict[str, Any]:
+    """`attend_kernel`'s compile-time arguments, all but PRECISION.
+
+    Args:
+        mixing: `subtract_max` and `has_sinks` of `LolaWeights`.
+    """
     BLOCK_M, TILE_HEADS = tile_of(layout, Hq)
     return {
         "SHAPE": layer_shape(layout, Hq),
         "BLOCK_M": BLOCK_M,
         "TILE_HEADS": TILE_HEADS,
         "BLOCK_N": pairs_per_tile(layout),
-        "SUBTRACT_MAX": subtract_max,
+        "SUBTRACT_MAX": mixing[0],
+        "HAS_SINKS": mixing[1],
     }
 
 
 def prefill_constants(
     layout: LayerLayout,
     Hq: int,
-    subtract_max: bool,
+    mixing: tuple[bool, bool],
     partial: bool,
     rotated_map_after: int,
     apart: bool,
 ) -> dict[str, Any]:
     """`prefill_kernel`'s compile-time arguments, all but PRECISION."""
     return {
-        **attend_constants(layout, Hq, subtract_max),
+        **attend_constants(layout, Hq, mixing),
         "SHAPE": layer_shape(layout, Hq, rotated_map_after),
         "PARTIAL": partial,
         "SCORE_BLOCK": score_block(layout),

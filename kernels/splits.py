@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lola_vllm.core.state import LayerLayout
-from lola_vllm.kernels.common import load_gates, mix
+from lola_vllm.kernels.common import load_gate, load_sink, mix
 from lola_vllm.kernels.layer import num_processors, pairs_per_tile
 
 PROGRAMS_PER_PROCESSOR = 2  # splits are added until there are about this many
@@ -67,7 +67,9 @@ def join(
         norm = tl.load(stats_ptr + (base + parts) * 2 + 1, mask=part_ok, other=0.0)
         top = tl.max(m, 0)  # finite: the new token is in part 0
         weight = tl.exp(m - top)
-        log_gate, sink = load_gates(gate_ptr, head, head < SHAPE.NUM_HEADS)
+        head_ok = head < SHAPE.NUM_HEADS
+        log_gate = load_gate(gate_ptr, head, head_ok)
+        sink = load_sink(gate_ptr, head, head_ok)
         total = tl.sum(norm * weight, 0) + tl.exp(sink - top)
         sums = tl.load(
             partial_ptr + (base + parts)[:, None] * D + cols[None, :],

@@ -35,8 +35,9 @@ def warm_up(layer: LayerState, prefill: PrefillOp = backend.prefill) -> None:
     splits = choose_splits(layout, 1, device)
     apart = attends_apart(layout, 1, 2, device)
     variants = (
-        prefill, weights.subtract_max, layer_shape(layout, num_heads, weights.rotated_map_after),
-        splits > 1, apart, has_scores(layout), device,
+        prefill, weights.subtract_max, weights.has_sinks,
+        layer_shape(layout, num_heads, weights.rotated_map_after), splits > 1, apart,
+        has_scores(layout), device,
     )  # fmt: skip
     if variants in _compiled:
         return

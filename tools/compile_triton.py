@@ -90,18 +90,19 @@ def kernels(layout: LayerLayout, Hq: int = 32) -> list[Kernel]:
     small = _with(weighted, int8_pairs=True)
     kv_dtype = layout.pages[0].kv_dtype
     read = {"PRECISION": precision(kv_dtype)}
+    mixing = False, False  # what most models have
 
     def decoding(own: LayerLayout, split: bool, note: str) -> Kernel:
         constants = {**decode.decode_constants(own, Hq, split, False), **read}
         return Kernel("decode" + note, decode.decode_kernel, constants, decode.NUM_WARPS)
 
     def reading(own: LayerLayout, partial: bool, note: str, apart: bool = False) -> Kernel:
-        constants = prefill.prefill_constants(own, Hq, False, partial, ROTATED_MAP_AFTER, apart)
+        constants = prefill.prefill_constants(own, Hq, mixing, partial, ROTATED_MAP_AFTER, apart)
         name = "prefill" + note
         return Kernel(name, prefill.prefill_kernel, {**constants, **read}, prefill.NUM_WARPS)
 
     def attending(own: LayerLayout, note: str) -> Kernel:
-        constants = {**prefill.attend_constants(own, Hq, False), **read}
+        constants = {**prefill.attend_constants(own, Hq, mixing), **read}
         return Kernel("attend" + note, attend.attend_kernel, constants, attend.NUM_WARPS)
 
     def shifting(own: LayerLayout, note: str) -> Kernel:
