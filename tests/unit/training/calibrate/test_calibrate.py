@@ -352,6 +352,10 @@ def test_importance_is_fitted_to_the_models_own_pairs(base, texts, tmp_path):
         assert (of_layer.weighted <= of_layer.total * (1 + 1e-6)).all()
     assert any(x.any() for x in of_base.importance.values())
     assert of_base.sizes == of_other.sizes
+    config = json.loads((lola / "config.json").read_text())
+    (lola / "config.json").write_text(json.dumps({**config, "quantization_config": {}}))
+    with pytest.raises(CheckpointError, match="calibrate a model before it is quantized"):
+        calibrate(base, texts, options, lola)
     in_bfloat16 = calibrate(base, texts, dataclasses.replace(options, dtype="bfloat16"))
     for x, y in zip(in_bfloat16.held.values(), of_base.held.values(), strict=True):
         torch.testing.assert_close(x.total, y.total, rtol=0.05, atol=0.05)
