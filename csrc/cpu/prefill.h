@@ -183,19 +183,19 @@ void mix_block(const Call& call, const QueryBlock& block, PrefillWorkspace<T>& x
     }
     for (int64_t t = 0; t < L; ++t) {
       const int64_t m = h * L + t;
-      const T sum = x.sum[m] + sink_weight(call, head, x.largest[m]);
-      T of_exact = T(1) / sum, of_linear = 0;
+      const T total = x.sum[m] + sink_weight(call, head, x.largest[m]);
+      T of_exact = T(1) / total, of_linear = 0;
       if (recalls) {
         const T D = feature_sum(x.phi + t * phi_stride, x.s, F2);
-        const T weight = exact_weight(call, head, x.largest[m], sum, D);
+        const T weight = exact_weight(call, head, x.largest[m], total, D);
         of_exact *= weight;
         of_linear = (T(1) - weight) / D;
       }
       T* const y = x.y + m * dp;
       for (int64_t j = 0; j < dp; j += kLanes<T>) {
-        Vec<T> all = load(y + j) * of_exact;
-        if (recalls) all = fma(load(x.linear + t * dp + j), splat(of_linear), all);
-        store<T>(y + j, all);
+        Vec<T> sum = load(y + j) * of_exact;
+        if (recalls) sum = fma(load(x.linear + t * dp + j), splat(of_linear), sum);
+        store<T>(y + j, sum);
       }
       store_row(call.out.row(block.token + t, head), y, call.out.dtype, d);
     }

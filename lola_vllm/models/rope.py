@@ -154,7 +154,7 @@ def angles(
     attention: nn.Module, rotary: nn.Module, positions: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """cos and sin `[n, R]` as the model's RoPE gives them to a layer for positions `[n]`, in host
-    memory."""
+    memory; `[n, R / 2]` where a column is of a pair (`_repeats`)."""
     buffers = [b for b in rotary.buffers() if not b.is_meta]
     device = buffers[0].device if buffers else torch.device("cpu")
     like = torch.empty(1, dtype=dtype, device=device)

@@ -265,7 +265,7 @@ class _Problem:
             if len(own.importance)
             else None,
             rotation,
-            randn(Hq),
+            randn(Hq) if own.has_sinks else None,
         )
         T = live + _after(live, C) + 3
         q, k, v = (randn(T, heads, d).to(page.kv_dtype) for heads in (Hq, Hkv, Hkv))

@@ -152,8 +152,9 @@ def _attend_whole(
     else:
         lola, _ = module.config.for_layer(module.layer_idx)
         weights = (module.feature_map_q, module.feature_map_k, module.window_factors)
-        also = {"importance": module.importance, "sink_logits": sink_logits}
-        out = lola_attention_parallel(q, k, v, *weights, lola, **also)
+        out = lola_attention_parallel(
+            q, k, v, *weights, lola, importance=module.importance, sink_logits=sink_logits
+        )
     return out if order is None else _columns(out, order.argsort(1))
 
 

@@ -68,10 +68,9 @@ def attention(
     logits = q[0, :, queries].float() @ wide_k.float().mT * q.shape[-1] ** -0.5
     later = torch.arange(q.shape[2]) > queries[:, None]
     logits.masked_fill_(later, -torch.inf)
-    if s_aux is None:
-        weights = logits.softmax(-1)  # [Hq, n, T]
-    else:
-        total = torch.logaddexp(logits.logsumexp(-1), s_aux.float()[:, None])
-        weights = (logits - total.unsqueeze(-1)).exp()
+    if s_aux is not None:
+        of_sinks = s_aux.float()[:, None, None].expand(-1, len(queries), -1)
+        logits = torch.cat([logits, of_sinks], dim=-1)
+    weights = logits.softmax(-1)[..., : k.shape[2]]  # [Hq, n, T]
     lola_window.recorder.add(module.lola_number, k[0].float(), v[0].float(), weights)
     return out.transpose(1, 2), None

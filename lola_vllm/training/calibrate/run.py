@@ -327,17 +327,20 @@ def _open(base: Path, model: Path | None, dtype: str) -> tuple[Any, list[Tensor]
     config: Any = transformers.AutoConfig.from_pretrained(base)
     if "quantization_config" in read_json(source / "config.json"):
         raise CheckpointError(f"{source}: calibrate a model before it is quantized")
-    try:
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source,
-            config=config,
-            dtype=getattr(torch, dtype),
-            attn_implementation=ATTENTION,
-            output_loading_info=True,
-        )
-    except RuntimeError as error:  # another shape
-        raise CheckpointError(f"{source}: {error}; was it made of this base?") from error
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        source,
+        config=config,
+        dtype=getattr(torch, dtype),
+        attn_implementation=ATTENTION,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are named below
+    )
     softmax, found = loaded
+    for name, has, wanted in sorted(found["mismatched_keys"]):
+        raise CheckpointError(
+            f"{source}: {name!r} is {list(has)}, the base's {list(wanted)}; was it made of this "
+            "base?"
+        )
     if missing := sorted(found["missing_keys"]):
         raise CheckpointError(f"{source}: no tensor {missing[0]!r}; was it made of this base?")
     order_heads(softmax.eval())
