@@ -57,6 +57,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--llama-format", choices=llamacpp.FORMATS, default="Q4_1", help="of llama.cpp's weights"
     )
+    parser.add_argument(
+        "--llama-base", choices=llamacpp.SHIPPED, default=llamacpp.DEMO, help="llama.cpp's model"
+    )
     return parser.parse_args()
 
 

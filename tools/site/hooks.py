@@ -21,6 +21,7 @@ REFERENCE = {
 }
 # Files of the repository that are pages of the site too.
 FILES = {
+    "README.md": "index.md",
     "CHANGELOG.md": "project/changelog.md",
     "CONTRIBUTING.md": "project/contributing.md",
     "SECURITY.md": "project/security.md",
@@ -42,6 +43,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         text = (ROOT / name).read_text(encoding="utf-8")
         if page in TITLES:
             text = f"# {TITLES[page]}\n\n{text}"
+        if page == "index.md":  # a picture in HTML, whose links MkDocs does not follow
+            text = text.replace('"docs/images/', '"images/')
         files.append(File.generated(config, page, content=text))
     return files
 

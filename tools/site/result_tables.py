@@ -40,7 +40,6 @@ MARK = re.compile(BEGIN.format("([a-z-]+)").replace(".", r"\.") + "(.*?)" + END,
 PAGES = (
     "README.md",
     "docs/recall.md",
-    "docs/choices.md",
     "docs/linearize.md",
     "docs/performance.md",
     "docs/configuration.md",

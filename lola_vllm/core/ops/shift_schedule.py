@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MAX_LENGTH = 2**31 - 1
 
 # Of models that are served: how fast scores of sparse pairs decay, and at how many context shifts.
-# Measured on the demo model (`docs/choices.md`).
+# Measured on the demo model (`docs/recall.md`).
 SCORE_DECAY, SCORE_DECAY_SHIFTS = 3.0, 3
 
 Numbers = TypeVar("Numbers", int, Tensor)
@@ -52,7 +52,7 @@ class ShiftSchedule:
         """That of a model; None where contexts do not shift.
 
         Keys are rotated by half of the trained length before they are folded, and the bucket of old
-        keys starts at 3/8 of it, if there is room (`docs/choices.md`).
+        keys starts at 3/8 of it, if there is room (`docs/recall.md`).
 
         Raises:
             LolaConfigError: an interval that does not suit the model's length.
