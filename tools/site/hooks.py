@@ -32,7 +32,8 @@ FILES = {
 TITLES = {"project/demo-model.md": "The demo model", "project/second-model.md": "The second model"}
 _SITE = {**FILES, **{page: page for page in REFERENCE}}
 _REPOSITORY = {page: name for name, page in FILES.items()}
-_LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?(?=\))")
+# In Markdown, and in HTML's pictures.
+_LINK = re.compile(r"""(\]\(|\bsrc(?:set)?=")([^)"#\s]+)(#[^)"\s]*)?(?=[)"])""")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -43,8 +44,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         text = (ROOT / name).read_text(encoding="utf-8")
         if page in TITLES:
             text = f"# {TITLES[page]}\n\n{text}"
-        if page == "index.md":  # a picture in HTML, whose links MkDocs does not follow
-            text = text.replace('"docs/images/', '"images/')
         files.append(File.generated(config, page, content=text))
     return files
 
