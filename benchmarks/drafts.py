@@ -4,14 +4,15 @@
 
 Three kinds of answers are made greedily: an edit of code that stands in the prompt, a quotation of
 a text that does, and plain chat. "ngram" is vLLM's own, "wrong" drafts tokens that no answer has,
-which is what drafts cost where none is accepted. Each way runs in a process of its own. The order
-is repeated `--rounds` times and the best round is kept, since a shared machine only ever makes a
-run slower.
+which is what drafts cost where none is accepted. "suffix" is vLLM's own too, and runs where
+`arctic-inference` is installed. Each way runs in a process of its own. The order is repeated
+`--rounds` times and the best round is kept, since a shared machine only ever makes a run slower.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import time
 from pathlib import Path
@@ -19,7 +20,9 @@ from typing import Any
 
 from common import ROOT, best_of, parser_of, print_result, print_table, write_report
 
-WAYS = ("plain", "ngram", "wrong")
+WAYS = ["plain", "ngram", "wrong"]
+if importlib.util.find_spec("arctic_inference"):
+    WAYS.append("suffix")
 SOURCES = ("lola_vllm/core/ops/rollback.py", "lola_vllm/core/ops/rope_table.py")
 CHATS = ("What is gravity?", "Tell me about the history of bread.")
 
@@ -72,6 +75,7 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
     drafts = {
         "plain": None,
         "ngram": {"method": "ngram", "prompt_lookup_min": args.lookup},
+        "suffix": {"method": "suffix"},
         "wrong": {"method": "custom_class", "model": "drafts.WrongDrafts"},
     }[args.worker]
     if drafts is not None:

@@ -27,6 +27,15 @@ Indices check_indices(const Tensor& t, const char* name, const char* meaning, in
   return view;
 }
 
+// A number for each column of a product, or null.
+const float* check_columns(const std::optional<Tensor>& t, const char* name, int64_t N) {
+  if (!t) return nullptr;
+  check_shape(*t, name, "[N]", {N});
+  check_float(*t, name, {DType::f32});
+  LOLA_CHECK(t->is_contiguous(), name, ": must be contiguous");
+  return static_cast<const float*>(t->data_ptr());
+}
+
 // Tokens by heads: [T, heads, d].
 TokenRows check_tokens(const Tensor& t, const char* name, std::initializer_list<DType> known) {
   TokenRows rows;
@@ -137,22 +146,27 @@ void prefill(const Tensor& pages, const Tensor& layout, const Tensor&, const Ten
   if (rows > 0) prefill_cpu(calls, rows, starts, context);
 }
 
-Tensor linear(const Tensor& x, const Tensor& panels, const std::optional<Tensor>& bias) {
+Tensor linear(const Tensor& x, const Tensor& panels, const std::optional<Tensor>& bias,
+              const std::optional<Tensor>& scale) {
   const int64_t dim = x.dim();
   LOLA_CHECK(dim > 0, "x: shape ", shape_string(x), ", expected [.., K]");
   const int64_t K = x.size(dim - 1);
   check_shape(panels, "panels", "[N / 32, K, 32]", {-1, K, kPanel});
-  check_float(x, "x", {DType::f32});
-  check_float(panels, "panels", {DType::bf16});
+  DType dtype = DType::f32;
+  if (scale) {
+    LOLA_CHECK(panels.scalar_type() == ScalarType::Char, "panels: dtype ",
+               torch::headeronly::toString(panels.scalar_type()), ", with scales expected int8");
+    dtype = check_float(x, "x", {DType::f32, DType::bf16});
+  } else {
+    check_float(x, "x", {DType::f32});
+    check_float(panels, "panels", {DType::bf16});
+  }
   LOLA_CHECK(x.is_cpu() && panels.is_contiguous(),
              "x and panels: must be CPU tensors, and panels "
              "contiguous");
   const int64_t N = panels.size(0) * kPanel;
-  if (bias) {
-    check_shape(*bias, "bias", "[N]", {N});
-    check_float(*bias, "bias", {DType::f32});
-    LOLA_CHECK(bias->is_contiguous(), "bias: must be contiguous");
-  }
+  const float* const biases = check_columns(bias, "bias", N);
+  const float* const scales = check_columns(scale, "scale", N);
   std::vector<int64_t> sizes;
   int64_t rows = 1;
   for (int64_t i = 0; i + 1 < dim; ++i) {
@@ -160,13 +174,15 @@ Tensor linear(const Tensor& x, const Tensor& panels, const std::optional<Tensor>
     rows *= x.size(i);
   }
   sizes.push_back(N);
-  Tensor y = torch::stable::new_empty(x, sizes);
-  const Tensor from = torch::stable::contiguous(x);
-  linear_cpu({static_cast<const float*>(from.data_ptr()),
-              static_cast<const uint16_t*>(panels.data_ptr()),
-              bias ? static_cast<const float*>(bias->data_ptr()) : nullptr,
-              static_cast<float*>(y.data_ptr()), rows, K, N});
-  return y;
+  Tensor from = torch::stable::contiguous(x);
+  if (dtype == DType::bf16 && (K % 2 != 0 || cpu_isa() != Isa::avx512_bf16)) {
+    from = torch::stable::to(from, ScalarType::Float);
+  }
+  Tensor y = torch::stable::new_empty(from, sizes);
+  const DType computed = from.scalar_type() == ScalarType::Float ? DType::f32 : DType::bf16;
+  linear_cpu(
+      {computed, from.data_ptr(), panels.data_ptr(), scales, biases, y.data_ptr(), rows, K, N});
+  return computed == dtype ? y : torch::stable::to(y, ScalarType::BFloat16);
 }
 
 int64_t cpu_isa_level() { return static_cast<int64_t>(cpu_isa()); }

@@ -18,7 +18,8 @@
   "prefill(" LOLA_LAYER_SCHEMA                                       \
   "Tensor query_start_loc, Tensor context_lens, Tensor(b!) out) -> " \
   "()"
-#define LOLA_LINEAR_SCHEMA "linear(Tensor x, Tensor panels, Tensor? bias) -> Tensor"
+#define LOLA_LINEAR_SCHEMA \
+  "linear(Tensor x, Tensor panels, Tensor? bias, Tensor? scale=None) -> Tensor"
 
 namespace lola {
 
@@ -62,10 +63,12 @@ void prefill(const torch::stable::Tensor& pages, const torch::stable::Tensor& la
              const torch::stable::Tensor& query_start_loc,
              const torch::stable::Tensor& context_lens, const torch::stable::Tensor& out);
 
-// y = x W^T + b in float32, with weights that are bfloat16: x [.., K] float32, panels [N / 32, K,
-// 32] bfloat16, bias [N] float32 -> [.., N] float32. A row's numbers do not depend on the rows
-// beside it. Throws, naming the argument, on a wrong shape or dtype.
+// y = x W^T + b, with sums in float32: x [.., K] float32, panels [N / 32, K, 32] bfloat16, bias [N]
+// float32 -> [.., N] in x's dtype. With scale [N] float32 panels are int8, a column of which is
+// multiplied by its scale, and x may be bfloat16. A row's numbers do not depend on the rows beside
+// it. Throws, naming the argument, on a wrong shape or dtype.
 torch::stable::Tensor linear(const torch::stable::Tensor& x, const torch::stable::Tensor& panels,
-                             const std::optional<torch::stable::Tensor>& bias);
+                             const std::optional<torch::stable::Tensor>& bias,
+                             const std::optional<torch::stable::Tensor>& scale);
 
 }  // namespace lola

@@ -36,8 +36,14 @@ LOLA_INLINE void load_vectors(Vec<T>* x, const uint16_t* p) {
   }
 }
 
-// a(i, p) lies at a[i * row + p * col]. B: T, or uint16_t for bfloat16, of which
-// V is even.
+template <int V, typename T>
+LOLA_INLINE void load_vectors(Vec<T>* x, const int8_t* p) {
+#pragma GCC unroll 8
+  for (int j = 0; j < V; ++j) x[j] = load_bytes<T>(p + j * kLanes<T>);
+}
+
+// a(i, p) lies at a[i * row + p * col]. B: T, int8_t, or uint16_t for bfloat16, of which V is
+// even.
 template <typename T, int R, int V, typename B>
 LOLA_INLINE void gemm_tile(const T* a, int64_t row, int64_t col, const B* b, int64_t ldb, int64_t K,
                            T* c, int64_t ldc) {

@@ -9,17 +9,19 @@
 
 namespace lola {
 
-// y = x W^T + bias, with W in bfloat16 and all else in float32, see cpu/linear.h.
+// y = x W^T + bias, see cpu/linear.h.
 struct Linear {
-  const float* x;          // [rows, K]
-  const uint16_t* panels;  // [N / kPanel, K, kPanel]
-  const float* bias;       // [N], or null
-  float* y;                // [rows, N]
+  DType dtype;    // of x and y: float32, or bfloat16 where W is int8 and there are dot products
+  const void* x;  // [rows, K]
+  const void* panels;  // [N / kPanel, K, kPanel], bfloat16, or int8 where there are scales
+  const float* scale;  // [N], or null
+  const float* bias;   // [N], or null
+  void* y;             // [rows, N]
   int64_t rows, K, N;
 };
 
-// Columns of a panel. Those of two vectors lie in turn: with L floats in a vector, column c of each
-// 2 L is at 2 (c mod L) + c / L.
+// Columns of a panel. In bfloat16 those of two vectors lie in turn: with L floats in a vector,
+// column c of each 2 L is at 2 (c mod L) + c / L.
 constexpr int64_t kPanel = 32;
 constexpr int64_t kRowBlock = 72;  // rows of x that stay in a cache beside a panel
 

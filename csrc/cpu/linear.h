@@ -1,4 +1,4 @@
-// y = x W^T + b, with W in bfloat16 and all else in float32.
+// y = x W^T + b, with W in bfloat16 or int8, and sums in float32.
 //
 // W lies in panels [N / kPanel, K, kPanel], so that it is read in one stream: a product of few rows
 // takes the time of that. An element is one sum in the order of K, whatever the rows beside it.
@@ -6,6 +6,9 @@
 
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
+#if LOLA_BF16_DOTS
+#include "cpu/bf16/linear_pairs.h"
+#endif
 
 LOLA_BEGIN_TARGET();
 namespace lola {
@@ -16,9 +19,9 @@ constexpr int kLinearVecs = static_cast<int>(kPanel / kLanes<float>);
 constexpr int kPassVecs = kLinearVecs < kTileVecs ? kLinearVecs : kTileVecs;
 
 // Rows [0, rows) of x with one panel.
-inline void multiply_panel(const Linear& call, int64_t panel, const float* x, int64_t rows,
-                           float* y) {
-  const uint16_t* w = call.panels + panel * call.K * kPanel;
+template <typename W>
+void multiply_panel(const Linear& call, int64_t panel, const float* x, int64_t rows, float* y) {
+  const W* w = static_cast<const W*>(call.panels) + panel * call.K * kPanel;
   const int64_t lanes = kLanes<float>;
   if (rows == 1) {  // more accumulators, so that none waits for the one before
     gemm_tile<float, 1, kLinearVecs>(x, call.K, 1, w, kPanel, call.K, y, call.N);
@@ -27,11 +30,13 @@ inline void multiply_panel(const Linear& call, int64_t panel, const float* x, in
       gemm_columns<float, kPassVecs>(x, call.K, 1, w + j, kPanel, y + j, call.N, rows, call.K);
     }
   }
-  if (call.bias == nullptr) return;
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < kPanel; j += lanes) {
       float* at = y + i * call.N + j;
-      store<float>(at, load(at) + load(call.bias + panel * kPanel + j));
+      Vec<float> sum = load(at);
+      if (call.scale != nullptr) sum *= load(call.scale + panel * kPanel + j);
+      if (call.bias != nullptr) sum += load(call.bias + panel * kPanel + j);
+      store<float>(at, sum);
     }
   }
 }
@@ -43,8 +48,19 @@ void multiply(const Linear& call, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t row = item / panels * kRowBlock, panel = item % panels;
     const int64_t left = call.rows - row, rows = left < kRowBlock ? left : kRowBlock;
-    multiply_panel(call, panel, call.x + row * call.K, rows,
-                   call.y + row * call.N + panel * kPanel);
+#if LOLA_BF16_DOTS
+    if (call.dtype == DType::bf16) {
+      multiply_pairs(call, panel, row, rows);
+      continue;
+    }
+#endif
+    const float* const x = static_cast<const float*>(call.x) + row * call.K;
+    float* const y = static_cast<float*>(call.y) + row * call.N + panel * kPanel;
+    if (call.scale != nullptr) {
+      multiply_panel<int8_t>(call, panel, x, rows, y);
+    } else {
+      multiply_panel<uint16_t>(call, panel, x, rows, y);
+    }
   }
 }
 

@@ -32,17 +32,9 @@ GROUP_SIZE = 32  # weights of a row that share a scale, for 4 bits
 _OF_LOLA = ("README.md", "modeling_lola.py")  # `copy_companions` does not copy these
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
-_WEIGHTS = {"type": "int", "symmetric": True, "dynamic": False}
-_INT8 = {
-    "format": "int-quantized",
-    "weights": {**_WEIGHTS, "num_bits": 8, "strategy": "channel"},
-    "input_activations": {
-        "type": "int", "symmetric": True, "dynamic": True, "num_bits": 8, "strategy": "token",
-    },
-}  # fmt: skip
-_INT4 = {
-    "format": "pack-quantized",
-    "weights": {**_WEIGHTS, "num_bits": 4, "strategy": "group", "group_size": GROUP_SIZE},
+_GROUP = {
+    "int8": {"num_bits": 8, "strategy": "channel"},
+    "int4": {"num_bits": 4, "strategy": "group", "group_size": GROUP_SIZE},
 }
 
 
@@ -52,8 +44,7 @@ def quantize_checkpoint(source: Path, out: Path, weights: Weights, *, force: boo
     Args:
         source: a LoLA or plain Llama directory, not quantized.
         out: where the copy goes; it is written completely or not at all.
-        weights: "int8": one scale per row, and activations in 8 bits per token; "int4": one scale
-            per 32 weights of a row, activations as they are.
+        weights: "int8": one scale per row; "int4": one scale per 32 weights of a row.
         force: replace a model that is already at `out`.
 
     Raises:
@@ -97,18 +88,21 @@ def quantize_checkpoint(source: Path, out: Path, weights: Weights, *, force: boo
 
 
 def _config(config: dict[str, Any], weights: Weights) -> dict[str, Any]:
-    linear = _INT8 if weights == "int8" else _INT4
+    groups = zip(("Linear", "re:.*lm_head"), (weights, "int8"), strict=True)
     return {
         **config,
         "tie_word_embeddings": False,
         "quantization_config": {
             "quant_method": "compressed-tensors",
-            "format": "mixed-precision" if weights == "int4" else linear["format"],
+            "format": "pack-quantized",
             "quantization_status": "compressed",
             "ignore": [],
             "config_groups": {
-                "group_0": {"targets": ["Linear"], **linear},
-                "group_1": {"targets": ["re:.*lm_head"], **_INT8},
+                f"group_{number}": {
+                    "targets": [target],
+                    "weights": {"type": "int", "symmetric": True, "dynamic": False, **_GROUP[kind]},
+                }
+                for number, (target, kind) in enumerate(groups)
             },
         },
     }
@@ -131,29 +125,37 @@ def _convert(
 
 
 def _int8(name: str, weight: Tensor) -> dict[str, Tensor]:
-    import torch
-
     values = weight.float()
-    scale = (values.abs().amax(1, keepdim=True) / 127).clamp(min=1e-12)
-    packed = (values / scale).round().to(torch.int8)
-    return {name: packed, f"{name}_scale": scale}  # float32: bfloat16 would shift the largest
+    scale = (values.abs().amax(1, keepdim=True) / 127).clamp(min=1e-12).to(weight.dtype)
+    return _packed(name, weight, values / scale.float(), scale, 8)
 
 
 def _int4(name: str, weight: Tensor) -> dict[str, Tensor]:
-    """Eight values of a row in an int32, the first one in its lowest bits."""
-    import torch
-
     if weight.shape[1] % GROUP_SIZE:
         raise CheckpointError(
             f"{name}: rows of {weight.shape[1]} cannot be cut into groups of {GROUP_SIZE}; use int8"
         )
     groups = weight.float().unflatten(1, (-1, GROUP_SIZE))
     scale = _best_scale(groups).to(weight.dtype)
-    values = (groups / scale.float()).round().clamp(-8, 7).flatten(1).to(torch.int64) + 8
-    words = (values.unflatten(1, (-1, 8)) << (4 * torch.arange(8))).sum(-1)
+    return _packed(name, weight, (groups / scale.float()).flatten(1), scale.squeeze(-1), 4)
+
+
+def _packed(
+    name: str, weight: Tensor, scaled: Tensor, scale: Tensor, bits: int
+) -> dict[str, Tensor]:
+    """Whole numbers of a row in int32, the first one in its lowest bits."""
+    import torch
+
+    half, count = 2 ** (bits - 1), 32 // bits
+    if weight.shape[1] % count:
+        raise CheckpointError(
+            f"{name}: rows of {weight.shape[1]} do not fill words of {count} numbers"
+        )
+    numbers = scaled.round().clamp(-half, half - 1).to(torch.int64) + half
+    words = (numbers.unflatten(1, (-1, count)) << (bits * torch.arange(count))).sum(-1)
     return {
         f"{name}_packed": torch.where(words >= 2**31, words - 2**32, words).to(torch.int32),
-        f"{name}_scale": scale.squeeze(-1),
+        f"{name}_scale": scale,
         f"{name}_shape": torch.tensor(weight.shape),
     }
 

@@ -14,6 +14,7 @@
 #pragma once
 
 #include "cpu/attend.h"
+#include "cpu/bf16/pairs.h"
 #include "cpu/call.h"
 #include "cpu/query_block.h"
 #include "cpu/rows.h"
@@ -60,26 +61,6 @@ struct PairWorkspace {
 struct PairColumns {
   float *y, *limit, *sum, *largest;
 };
-
-// c + the products of the pairs in a and b.
-LOLA_INLINE Vec<float> dot_pairs(Words a, Words b, Vec<float> c) {
-  return _mm512_dpbf16_ps(c, bits<__m512bh>(a), bits<__m512bh>(b));
-}
-
-LOLA_INLINE Words load_words(const void* p) {
-  Words x;
-  __builtin_memcpy(&x, p, sizeof x);
-  return x;
-}
-
-// In a register of its own: folded into its uses it would be loaded once for each.
-LOLA_INLINE Words broadcast_pair(const void* p) {
-  uint32_t x;
-  __builtin_memcpy(&x, p, sizeof x);
-  Words y = bits<Words>(_mm512_set1_epi32(static_cast<int>(x)));
-  __asm__("" : "+v"(y));
-  return y;
-}
 
 // 2^x with a relative error below 4e-6, as little as weights of 16 bits are rounded by; 0 far
 // below.

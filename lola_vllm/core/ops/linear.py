@@ -1,4 +1,7 @@
-"""Products with weights that stay bfloat16 while all else is float32, on CPUs.
+"""Products with weights of fewer bits than all else, on CPUs.
+
+Weights of 8 bits are whole numbers with a scale for each row. A product of few rows takes the time
+of reading its weights, so it takes half of that of bfloat16.
 
 On a CPU without products of bfloat16 a model runs in float32. Weights that were trained and stored
 in bfloat16 lose nothing if they stay so in memory: each is widened where it is multiplied. They
@@ -41,14 +44,29 @@ def panels_of(weight: Tensor) -> Tensor | None:
     narrow = narrowed(weight)
     if narrow is None:
         return None
-    _register_fake()
     lanes = _LANES[cpp.cpu_isa()]
-    order = torch.arange(PANEL).view(-1, 2, lanes).mT.flatten()
-    return narrow.view(-1, PANEL, weight.shape[1])[:, order].mT.contiguous()
+    return _panels(narrow, torch.arange(PANEL).view(-1, 2, lanes).mT.flatten())
+
+
+def int8_panels(numbers: Tensor) -> Tensor:
+    """A weight as `torch.ops.lola.linear(x, panels, bias, scale)` takes it.
+
+    Args:
+        numbers: `[N, K]` int8, where 32 divides N. Row n of the weight is `scale[n]` times them.
+
+    Returns:
+        `[N / 32, K, 32]` int8.
+    """
+    return _panels(numbers, torch.arange(PANEL))
+
+
+def _panels(weight: Tensor, order: Tensor) -> Tensor:
+    _register_fake()
+    return weight.view(-1, PANEL, weight.shape[1])[:, order].mT.contiguous()
 
 
 @functools.cache
 def _register_fake() -> None:
     @torch.library.register_fake("lola::linear")
-    def fake(x: Tensor, panels: Tensor, bias: Tensor | None) -> Tensor:
+    def fake(x: Tensor, panels: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
         return x.new_empty(*x.shape[:-1], panels.shape[0] * PANEL)

@@ -1,18 +1,24 @@
-"""vLLM's linears and embeddings with weights that stay bfloat16 where a CPU runs in float32."""
+"""vLLM's linears and embeddings with weights of fewer bits than a CPU computes with: bfloat16 that
+stays so where it runs in float32, and weights of 8 bits, for which vLLM has no CPU kernel."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from vllm.model_executor.kernels.linear import MPLinearKernel, register_linear_kernel
+from vllm.model_executor.kernels.linear import MPLinearLayerConfig as KernelConfig
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     UnquantizedEmbeddingMethod,
 )
+from vllm.platforms import PlatformEnum
+from vllm.scalar_type import scalar_types
 
 from lola_vllm.core.ops import cpp, linear
 
@@ -65,3 +71,47 @@ class _Embedding(UnquantizedEmbeddingMethod):
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         return functional.embedding(input_, layer.weight).float()
+
+
+class CPUInt8LinearKernel(MPLinearKernel):
+    """Weights of 8 bits with a scale for each row, and activations as they are: `W8A16` of
+    compressed-tensors."""
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """CPUs have none."""
+        return -1
+
+    @classmethod
+    def can_implement(cls, c: KernelConfig) -> tuple[bool, str | None]:
+        """Whether a layer can be taken, and why not."""
+        if c.weight_type != scalar_types.uint8b128 or c.group_size != -1 or c.zero_points:
+            return False, "CPUInt8 takes symmetric weights of 8 bits with a scale for each row"
+        if c.act_type not in (torch.bfloat16, torch.float32):
+            return False, f"CPUInt8 computes in bfloat16 or float32, not in {c.act_type}"
+        if c.partition_weight_shape[1] % linear.PANEL:
+            return False, f"CPUInt8 takes output sizes that are multiples of {linear.PANEL}"
+        if not cpp.load():
+            return False, "CPUInt8 needs the C++ ops of lola-vllm, which are not built"
+        return True, None
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Order `[N, K / 4]` words of four numbers, which have 128 more, for `lola::linear`."""
+        self._transform_param(layer, self.w_q_name, _panels_of_words)
+        self._transform_param(layer, self.w_s_name, lambda scale: scale.data.flatten().float())
+        self._transform_param(layer, "bias", lambda bias: bias.data.float())
+
+    def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x W^T + bias`, `[.., K]` -> `[.., N]` in the dtype of x."""
+        panels, scale, _ = self._get_weight_params(layer)
+        return cast(Tensor, torch.ops.lola.linear(x, panels, bias, scale))
+
+
+def _panels_of_words(words: Tensor) -> Tensor:
+    return linear.int8_panels((words.data.contiguous().view(torch.uint8) ^ 128).view(torch.int8))
+
+
+@functools.cache
+def register_int8() -> None:
+    """Have vLLM choose `CPUInt8LinearKernel` where it has no kernel of its own."""
+    register_linear_kernel(CPUInt8LinearKernel, PlatformEnum.CPU)

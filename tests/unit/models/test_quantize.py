@@ -42,29 +42,27 @@ def make(path, tied=True, columns=96, sharded=False):
     return tensors
 
 
-def dense(tensors, name):
+def dense(tensors, name, bits):
     """The weights that stored tensors stand for, by compressed-tensors' own unpacking."""
-    scale = tensors[f"{name}_scale"].float()
-    if name in tensors:
-        return tensors[name].float() * scale
     shape = torch.Size(tensors[f"{name}_shape"].tolist())
-    values = unpack_from_int32(tensors[f"{name}_packed"], 4, shape).float()
-    return (values.unflatten(1, (-1, GROUP_SIZE)) * scale[..., None]).flatten(1)
+    values = unpack_from_int32(tensors[f"{name}_packed"], bits, shape).float()
+    scale = tensors[f"{name}_scale"].float()
+    return (values.unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1)
 
 
-@pytest.mark.parametrize(("weights", "levels"), [("int8", 127), ("int4", 8)])
+@pytest.mark.parametrize(("weights", "bits", "levels"), [("int8", 8, 127), ("int4", 4, 8)])
 @pytest.mark.parametrize("tied", [True, False])
-def test_stored_weights_are_the_nearest(tmp_path, weights, levels, tied):
+def test_stored_weights_are_the_nearest(tmp_path, weights, bits, levels, tied):
     before = make(tmp_path / "in", tied)
     quantize_checkpoint(tmp_path / "in", tmp_path / "out", weights)
     after = load_file(tmp_path / "out" / "model.safetensors")
     group = GROUP_SIZE if weights == "int4" else 96
-    error = (dense(after, LAYER) - before[LAYER].float()).unflatten(1, (-1, group))
+    error = (dense(after, LAYER, bits) - before[LAYER].float()).unflatten(1, (-1, group))
     largest = before[LAYER].float().unflatten(1, (-1, group)).abs().amax(-1)
     # Half a step for values in the grid, a little more where clipping a few makes all others finer.
     assert (error.square().mean(-1).sqrt() <= 0.5 * largest / levels).all()
     head = before[EMBEDDING if tied else "lm_head.weight"].float()
-    error = dense(after, "lm_head.weight") - head
+    error = dense(after, "lm_head.weight", 8) - head
     assert (error.abs() <= 0.52 * head.abs().amax(1, keepdim=True) / 127).all()
     for name in (EMBEDDING, MAP, "model.norm.weight"):
         assert after[name].equal(before[name])
@@ -74,9 +72,9 @@ def test_a_group_of_zeros_stays_one(tmp_path):
     tensors = make(tmp_path / "in")
     tensors[LAYER].zero_()
     save_file(tensors, tmp_path / "in" / "model.safetensors")
-    for weights in ("int8", "int4"):
+    for weights, bits in (("int8", 8), ("int4", 4)):
         quantize_checkpoint(tmp_path / "in", tmp_path / weights, weights)
-        after = dense(load_file(tmp_path / weights / "model.safetensors"), LAYER)
+        after = dense(load_file(tmp_path / weights / "model.safetensors"), LAYER, bits)
         assert after.equal(torch.zeros(64, 96))
 
 
@@ -100,7 +98,8 @@ def test_the_command_writes_int8(tmp_path):
     make(tmp_path / "in")
     command = ["quantize", "--model", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
     assert main(command) == 0
-    assert load_file(tmp_path / "out" / "model.safetensors")[LAYER].dtype == torch.int8
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found[f"{LAYER}_packed"].shape == (64, 96 // 4)
 
 
 def test_what_cannot_be_quantized_is_refused(tmp_path):
@@ -108,6 +107,9 @@ def test_what_cannot_be_quantized_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=rf"{LAYER}: rows of 40 .* groups of 32; use int8"):
         quantize_checkpoint(tmp_path / "odd", tmp_path / "out", "int4")
     assert not (tmp_path / "out").exists()
+    make(tmp_path / "odder", columns=42)
+    with pytest.raises(CheckpointError, match=rf"{LAYER}: rows of 42 do not fill words of 4"):
+        quantize_checkpoint(tmp_path / "odder", tmp_path / "out", "int8")
     with pytest.raises(CheckpointError, match="weights = 'int2': must be"):
         quantize_checkpoint(tmp_path / "odd", tmp_path / "out", "int2")
     quantize_checkpoint(tmp_path / "odd", tmp_path / "out", "int8")
