@@ -2,7 +2,7 @@
 
     python benchmarks/engine.py --out eval-results/engine.json
 
-and, where asked for, beside llama.cpp, with weights of fewer bits in all of them:
+and, where asked for, beside llama.cpp, with weights of fewer bits:
 
     python benchmarks/engine.py --engines stock lola llama.cpp --weights int4
 
@@ -53,7 +53,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--engines", nargs="+", choices=(*ENGINES, LLAMA), default=list(ENGINES), help="which"
     )
-    parser.add_argument("--weights", choices=("int8", "int4"), help="of stock vLLM and LoLA")
+    parser.add_argument(
+        "--weights",
+        choices=("int8", "int4"),
+        help="of LoLA and, where they are int4, of stock vLLM, which has no int8 like it on a CPU",
+    )
     parser.add_argument(
         "--llama-format", choices=llamacpp.FORMATS, default="Q4_1", help="of llama.cpp's weights"
     )
@@ -78,10 +82,13 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
     config = json.loads((args.stock / "config.json").read_text())
     endless = lola and DecoderConfig.from_pretrained(args.lola).lola.context_shift
     overrides = {}
+    model = args.lola if lola else args.stock
+    if lola or args.weights == "int4":
+        model = checkpoint(model, args.weights)
     if longest > config["max_position_embeddings"] and not endless:
         overrides["max_position_embeddings"] = longest  # speed is asked, not sense
     llm = LLM(
-        str(checkpoint(args.lola if lola else args.stock, args.weights)),
+        str(model),
         dtype=args.dtype,
         enforce_eager=not args.compile,
         max_model_len=longest,
