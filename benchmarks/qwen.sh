@@ -19,20 +19,11 @@ recall() { # NAME SWEEP SAMPLES TASKS LENGTHS OPTION...: with seeds 1 to 3
 recall needles qwen 2 niah-1,niah-2 4096,8192,16384
 recall tasks qwen 3 niah-3,multikey,multivalue,multiquery,vt 4096
 recall longer qwen 3 niah-3,multikey,multivalue,multiquery,vt 8192
-# What each part does, and what training alone changes.
-recall parts qwen-parts 3 multivalue,multiquery,vt 4096
 # A line of code that needs a definition read so many tokens before.
 recall code qwen 3 code-call 4096,10240 --distances 2000,8000
-# What each part does to perplexity, over the same windows.
 lola eval perplexity --model models/qwen-lola --reference models/qwen-base \
-    --lola-config 'as it ships={}' --sweep benchmarks/recall/qwen-parts.json \
-    --texts models/qwen-texts --seed "$SEED" \
+    --lola-config 'as it ships={}' --texts models/qwen-texts --seed "$SEED" \
     --windows 1 --window-length 4096 --out "$OUT/qwen-perplexity" --resume
-# Another language than the English that it was trained on.
-[ -f models/other/debian_handbook_fr.txt ] || texts --out models/other --only debian_handbook_fr
-lola eval perplexity --model models/qwen-lola --reference models/qwen-base \
-    --lola-config 'as it ships={}' --texts models/other/debian_handbook_fr.txt --seed "$SEED" \
-    --windows 4 --window-length 4096 --out "$OUT/qwen-perplexity-other" --resume
 lola eval copy --model models/qwen-lola --reference models/qwen-base --texts models/qwen-texts \
     --kinds prose,code --lengths 10000 --distances 250,500,1000,2000,4000,8000 --samples 2 \
     --lola-config 'as it ships={}' --batch 28 --seed "$SEED" --out "$OUT/qwen-copy" --resume

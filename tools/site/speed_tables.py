@@ -56,22 +56,20 @@ def stock_kib(runs: Runs) -> float:
 
 
 def llamacpp(runs: Runs) -> str:
-    """LoLA, llama.cpp and stock vLLM with fewer bits."""
-    int8, q4 = (run["results"] for run in runs("llamacpp"))
-    columns = {
-        "LoLA": int8["lola"],
-        "llama.cpp Q4_1": int8["llama.cpp"],
-        "llama.cpp Q4_0": q4["llama.cpp"],
-        "stock vLLM": int8["stock"],
-    }
-    lines = [["", *columns]]
-    for key in int8["lola"]:
+    """LoLA and llama.cpp with fewer bits, of each model that was asked."""
+    head, columns = [""], []
+    for run in runs("llamacpp"):
+        asked, found = run["settings"], run["results"]
+        head += [f"{asked['lola']}, {asked['weights']}", f"llama.cpp, {asked['llama_format']}"]
+        columns += [found["lola"], found["llama.cpp"]]
+    lines = [head]
+    for key in columns[0]:
         kind, *where = key.split("/")
         if kind not in ("decode_tokens_per_s", "prefill_tokens_per_s"):
             continue
         context = f"{int(where[0]):,} tokens"
         label = f"decode, {context}, batch {where[1]}" if len(where) > 1 else f"prompt of {context}"
-        lines.append([label, *(f"{column[key]:,.0f}" for column in columns.values())])
+        lines.append([label, *(_rate(column[key]) for column in columns)])
     return table(lines)
 
 
