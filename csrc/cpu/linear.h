@@ -30,6 +30,7 @@ void multiply_panel(const Linear& call, int64_t panel, const float* x, int64_t r
       gemm_columns<float, kPassVecs>(x, call.K, 1, w + j, kPanel, y + j, call.N, rows, call.K);
     }
   }
+  if (call.scale == nullptr && call.bias == nullptr) return;
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < kPanel; j += lanes) {
       float* at = y + i * call.N + j;

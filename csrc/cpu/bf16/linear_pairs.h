@@ -19,16 +19,15 @@ constexpr int64_t kWidePairs = 128;  // pairs of a panel's rows that are widened
 
 // The columns of rows 2p and 2p + 1 of a panel, in pairs.
 LOLA_INLINE void load_pair_vectors(Words* b, const int8_t* w) {
-#pragma GCC unroll 16
+#pragma GCC unroll 8
   for (int j = 0; j < kPairVecs; ++j) {
     const int8_t* const at = w + j * kLanes<float>;
-    // No bit of a small whole number is in the lower half of a float.
-    b[j] = (bits<Words>(load_bytes<float>(at)) >> 16) | bits<Words>(load_bytes<float>(at + kPanel));
+    b[j] = (load_int8_words(at) >> 16) | load_int8_words(at + kPanel);
   }
 }
 
 LOLA_INLINE void load_pair_vectors(Words* b, const uint32_t* w) {
-#pragma GCC unroll 16
+#pragma GCC unroll 8
   for (int j = 0; j < kPairVecs; ++j) b[j] = load_words(w + j * kLanes<float>);
 }
 
@@ -55,8 +54,9 @@ LOLA_INLINE void pair_tile(const char* x, int64_t ld, const W* w, int64_t pairs,
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kPairVecs; ++j)
+    for (int j = 0; j < kPairVecs; ++j) {
       store<float>(sums + i * kPanel + j * kLanes<float>, acc[i][j]);
+    }
   }
 }
 

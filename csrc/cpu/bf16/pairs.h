@@ -19,6 +19,10 @@ LOLA_INLINE Words load_words(const void* p) {
   return x;
 }
 
+// Whole numbers of int8 as bfloat16 in the upper halves of words; the lower ones are zeros, as no
+// bit of a small number is there.
+LOLA_INLINE Words load_int8_words(const int8_t* p) { return bits<Words>(load_bytes<float>(p)); }
+
 // In a register of its own: folded into its uses it would be loaded once for each.
 LOLA_INLINE Words broadcast_pair(const void* p) {
   uint32_t x;

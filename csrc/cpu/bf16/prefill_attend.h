@@ -300,8 +300,7 @@ LOLA_INLINE __m512i load_halves(const char* row, int64_t i, bool int8) {
   if (!int8) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 2 * i)));
   }
-  const Vec<float> x = load_bytes<float>(reinterpret_cast<const int8_t*>(row) + i);
-  return _mm512_srli_epi32(bits<__m512i>(x), 16);  // no bit of a small whole number is lost
+  return bits<__m512i>(load_int8_words(reinterpret_cast<const int8_t*>(row) + i) >> 16);
 }
 
 // Rows of keys and values in the order sparse cache, sinks, window. Returns their number; the rows

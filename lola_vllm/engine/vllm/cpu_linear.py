@@ -3,7 +3,6 @@ stays so where it runs in float32, and weights of 8 bits, for which vLLM has no 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -111,7 +110,5 @@ def _panels_of_words(words: Tensor) -> Tensor:
     return linear.int8_panels((words.data.contiguous().view(torch.uint8) ^ 128).view(torch.int8))
 
 
-@functools.cache
-def register_int8() -> None:
-    """Have vLLM choose `CPUInt8LinearKernel` where it has no kernel of its own."""
-    register_linear_kernel(CPUInt8LinearKernel, PlatformEnum.CPU)
+# Models import this module before they make layers. vLLM has no kernel of its own for them.
+register_linear_kernel(CPUInt8LinearKernel, PlatformEnum.CPU)

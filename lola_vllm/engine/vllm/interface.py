@@ -21,12 +21,11 @@ from vllm.platforms import current_platform
 
 from lola_vllm.engine.vllm.attention import LolaAttention
 from lola_vllm.engine.vllm.cache import lola_hf_config, row_bytes
-from lola_vllm.engine.vllm.cpu_linear import keep_bfloat16, register_int8
+from lola_vllm.engine.vllm.cpu_linear import keep_bfloat16
 from lola_vllm.models.files import CheckpointError
 from lola_vllm.models.schema import check_tensors, expected_tensors, is_ours
 
 logger = init_logger("vllm.lola")
-register_int8()  # before a model makes its layers
 
 Named = tuple[str, torch.Tensor]
 
