@@ -53,8 +53,8 @@ def stage_tokens(recipe: Recipe) -> dict[str, int]:
         calibration += prompts * 2 * recipe.calibrate.prompt_length
         calibration += TRIED_PROMPTS * len(ENOUGH) * REPEATED
     trials = 0
-    if recipe.calibrate.state_worth:  # two models read a prompt, and one its end for every head
-        trials = PROMPTS * 4 * recipe.calibrate.prompt_length
+    if recipe.calibrate.state_worth:  # three models read a prompt, two its end for every head
+        trials = PROMPTS * 6 * recipe.calibrate.prompt_length
     return {
         "transfer": recipe.train.rows * recipe.train.row_length,
         "lora": recipe.train.lora_tokens,

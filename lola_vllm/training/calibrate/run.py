@@ -12,8 +12,8 @@ among the heads (`sizes.py`), and then to caches of these sizes.
 With `recent` some heads have recent pairs besides: those that go on with a passage word by word
 (`copying.py`). Divisions of them are tried (`trials.py`).
 
-With `state_worth` heads lose their hidden state that do without (`states.py`). Its memory goes to
-pairs, and these are divided once more.
+With `state_worth` heads lose their hidden state that do without, and those whose hidden state is
+worth most get more pairs (`states.py`). The memory goes to pairs, and these are divided once more.
 """
 
 from __future__ import annotations
@@ -64,7 +64,13 @@ from lola_vllm.training.calibrate.options import CalibrateOptions
 from lola_vllm.training.calibrate.prompts import draw_plain, draw_prompts
 from lola_vllm.training.calibrate.reader import ATTENTION, attention, read
 from lola_vllm.training.calibrate.sizes import AttentionGains, divide_among
-from lola_vllm.training.calibrate.states import PROMPTS, state_worths
+from lola_vllm.training.calibrate.states import (
+    MORE_PAIRS,
+    PROMPTS,
+    WORTH_PAIRS,
+    predictions,
+    state_worths,
+)
 from lola_vllm.training.calibrate.trials import (
     RECENT_ATTENTION,
     passage_log_probs,
@@ -164,16 +170,28 @@ def calibrate(
     recorder = LongRangeAttention(prompts, maps, near)
     read(softmax, [prompt.ids for prompt in prompts], recorder, "reading")
     states = [[True] * len(of_heads) for of_heads in recent]
-    found = _divide(softmax.config, recorder.reads, recent, states, pairs, options)
+    more = [[0] * len(of_heads) for of_heads in recent]
+    found = _divide(softmax.config, recorder.reads, recent, states, more, pairs, options)
     if options.state_worth and model is not None:
         length = min(2 * options.prompt_length, softmax.config.max_position_embeddings)
         plain = draw_plain(texts, tokenizer, length, PROMPTS, options.seed)
-        student = _student(model, found, options)
         softmax.set_attn_implementation(RECENT_ATTENTION)
-        worths = state_worths(student, softmax, plain)
+        truth = predictions(softmax, plain)
+        student = _student(model, found, options)
+        worths = state_worths(student, truth, plain)
         states = [(of_heads > options.state_worth).tolist() for of_heads in worths]
-        pairs += _pairs_for_states(student.config, states)
-        found = _divide(softmax.config, recorder.reads, recent, states, pairs, options)
+        freed = _pairs_for_states(student.config, states)
+        count = sum(map(len, states))
+        if large := _worth_most(worths, (pairs + freed) * count // (2 * MORE_PAIRS)):
+            for layer, head in large:
+                more[layer][head] = MORE_PAIRS
+            larger = _student(model, _enlarged(found, more), options)
+            worths = state_worths(larger, truth, plain, more)
+            for layer, head in large:
+                states[layer][head] = bool(worths[layer][head] > options.state_worth)
+            freed = _pairs_for_states(student.config, states)
+        pairs += freed - math.ceil(MORE_PAIRS * len(large) / count)
+        found = _divide(softmax.config, recorder.reads, recent, states, more, pairs, options)
     return found
 
 
@@ -197,13 +215,15 @@ def _divide(
     reads: Sequence[Sequence[PromptReads]],
     recent: list[list[int]],
     states: list[list[bool]],
+    more: list[list[int]],
     pairs: int,
     options: CalibrateOptions,
 ) -> Calibration:
     """Divide pairs, so many of a KV head on average besides the recent ones, and fit importance.
 
     Args:
-        config: of the base. reads, recent, states: by layer that does not slide.
+        config: of the base. reads, recent, states: by layer that does not slide. more: likewise,
+            pairs that a head has besides those that are divided.
     """
     parts = [
         parted([without_states(read, own) for read in of_layer])
@@ -213,7 +233,10 @@ def _divide(
     for fitted, _ in tqdm(parts, desc="sizes", unit="layer"):
         alike = [pairs] * len(fitted[0].attention)
         gains.append(AttentionGains(fitted, fit(fitted, alike, options.seed, FIRST_EPOCHS)))
-    sizes = divide_among(gains, pairs, options.least)
+    sizes = [
+        [x + y for x, y in zip(*of_heads, strict=True)]
+        for of_heads in zip(divide_among(gains, pairs, options.least), more, strict=True)
+    ]
     found = Calibration([], [], [], {}, {})
     heads = config.num_key_value_heads
     for _ in range(config.num_hidden_layers):
@@ -245,6 +268,26 @@ def _student(model: Path, found: Calibration, options: CalibrateOptions) -> Any:
     for layer, weights in found.importance.items():
         attentions(student)[layer].importance = torch.nn.Parameter(weights)
     return student
+
+
+def _worth_most(worths: Sequence[Tensor], many: int) -> list[tuple[int, int]]:
+    """Layer and head of the hidden states that are worth more than `WORTH_PAIRS`, so many of them
+    at most."""
+    worth = {
+        (layer, head): x
+        for layer, own in enumerate(worths)
+        for head, x in enumerate(own.tolist())
+        if WORTH_PAIRS < x < math.inf
+    }
+    return sorted(worth, key=worth.__getitem__, reverse=True)[:many]
+
+
+def _enlarged(found: Calibration, more: list[list[int]]) -> Calibration:
+    """The same with more pairs, by layer that does not slide."""
+    sizes = [list(of_heads) for of_heads in found.sizes]
+    for layer, own in zip(found.importance, more, strict=True):
+        sizes[layer] = [x + y for x, y in zip(sizes[layer], own, strict=True)]
+    return replace(found, sizes=sizes)
 
 
 def _pairs_for_states(config: DecoderConfig, states: list[list[bool]]) -> int:
