@@ -53,7 +53,7 @@ def stage_tokens(recipe: Recipe) -> dict[str, int]:
         calibration += prompts * 2 * recipe.calibrate.prompt_length
         calibration += TRIED_PROMPTS * len(ENOUGH) * REPEATED
     trials = 0
-    if recipe.calibrate.state_worth:  # three models read a prompt, two its end for every head
+    if recipe.calibrate.state_worth:  # a prompt is read three times, its end for every head
         trials = PROMPTS * 6 * recipe.calibrate.prompt_length
     return {
         "transfer": recipe.train.rows * recipe.train.row_length,

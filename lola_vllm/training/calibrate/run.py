@@ -183,10 +183,12 @@ def calibrate(
         freed = _pairs_for_states(student.config, states)
         count = sum(map(len, states))
         if large := _worth_most(worths, (pairs + freed) * count // (2 * MORE_PAIRS)):
+            sizes, full = copy.deepcopy(found.sizes), _full_layers(softmax.config)
             for layer, head in large:
                 more[layer][head] = MORE_PAIRS
-            larger = _student(model, _enlarged(found, more), options)
-            worths = state_worths(larger, truth, plain, more)
+                sizes[full[layer]][head] += MORE_PAIRS
+            student.config.lola_config = {"sparse_cache_size": sizes}
+            worths = state_worths(student, truth, plain, more)
             for layer, head in large:
                 states[layer][head] = bool(worths[layer][head] > options.state_worth)
             freed = _pairs_for_states(student.config, states)
@@ -233,20 +235,18 @@ def _divide(
     for fitted, _ in tqdm(parts, desc="sizes", unit="layer"):
         alike = [pairs] * len(fitted[0].attention)
         gains.append(AttentionGains(fitted, fit(fitted, alike, options.seed, FIRST_EPOCHS)))
-    sizes = [
-        [x + y for x, y in zip(*of_heads, strict=True)]
-        for of_heads in zip(divide_among(gains, pairs, options.least), more, strict=True)
-    ]
+    sizes = divide_among(gains, pairs, options.least)
     found = Calibration([], [], [], {}, {})
     heads = config.num_key_value_heads
     for _ in range(config.num_hidden_layers):
         found.sizes.append([0] * heads)
         found.recent.append([0] * heads)
         found.states.append([True] * heads)
-    fits = zip(_full_layers(config), parts, sizes, recent, states, strict=True)
-    for layer, (fitted, judged), own, newest, has_state in tqdm(
+    fits = zip(_full_layers(config), parts, sizes, more, recent, states, strict=True)
+    for layer, (fitted, judged), divided, extra, newest, has_state in tqdm(
         list(fits), desc="importance", unit="layer"
     ):
+        own = [x + y for x, y in zip(divided, extra, strict=True)]
         found.importance[layer] = weights = fit(fitted, own, options.seed)
         alone, total = (x / len(judged) for x in held(judged, own, None))
         weighted = held(judged, own, weights)[0] / len(judged)
@@ -280,14 +280,6 @@ def _worth_most(worths: Sequence[Tensor], many: int) -> list[tuple[int, int]]:
         if WORTH_PAIRS < x < math.inf
     }
     return sorted(worth, key=worth.__getitem__, reverse=True)[:many]
-
-
-def _enlarged(found: Calibration, more: list[list[int]]) -> Calibration:
-    """The same with more pairs, by layer that does not slide."""
-    sizes = [list(of_heads) for of_heads in found.sizes]
-    for layer, own in zip(found.importance, more, strict=True):
-        sizes[layer] = [x + y for x, y in zip(sizes[layer], own, strict=True)]
-    return replace(found, sizes=sizes)
 
 
 def _pairs_for_states(config: DecoderConfig, states: list[list[bool]]) -> int:
