@@ -10,13 +10,14 @@ from pathlib import Path
 from lola_vllm.command.linearize.recipe import Recipe, state_bytes
 from lola_vllm.models.files import CheckpointError
 from lola_vllm.training.calibrate.copying import ENOUGH, REPEATED
-from lola_vllm.training.calibrate.run import COPYING_PROMPTS, TRIED_PROMPTS
+from lola_vllm.training.calibrate.run import COPYING_PROMPTS, TRIED_OF_EIGHT, TRIED_PROMPTS
 from lola_vllm.training.calibrate.states import PROMPTS
 
 # Seconds of a token of a calibration over those of a forward pass of a row of training, measured on
 # CPUs: 1.5 (0.5B) and 1.75 (135M). It reads long prompts, notes what they attend to, and fits
-# importance.
+# importance. A token that goes back through the model, too, takes so many times as long.
 CALIBRATION_FACTOR = 1.7
+BACKWARD_FACTOR = 3
 LEAST_SCALE, MOST_SCALE = 0.02, 100.0  # of `scale_to`; below the first a stage is a few rows
 
 # Stages in their order, with the words of the plan.
@@ -48,13 +49,15 @@ class Speed:
 def stage_tokens(recipe: Recipe) -> dict[str, int]:
     """Tokens that each stage reads."""
     calibration = int(recipe.calibrate.prompts * recipe.calibrate.prompt_length * 0.75)
+    tried = recipe.calibrate.prompts * len(TRIED_OF_EIGHT) // 8
+    calibration += BACKWARD_FACTOR * tried * recipe.calibrate.prompt_length
     if recipe.calibrate.recent:  # to find the heads that copy, and to try divisions of them
         prompts = COPYING_PROMPTS + TRIED_PROMPTS
         calibration += prompts * 2 * recipe.calibrate.prompt_length
         calibration += TRIED_PROMPTS * len(ENOUGH) * REPEATED
     trials = 0
-    if recipe.calibrate.state_worth:  # a prompt is read three times, its end for every head
-        trials = PROMPTS * 6 * recipe.calibrate.prompt_length
+    if recipe.calibrate.state_worth:  # two models read a prompt, and one its end for every head
+        trials = PROMPTS * 4 * recipe.calibrate.prompt_length
     return {
         "transfer": recipe.train.rows * recipe.train.row_length,
         "lora": recipe.train.lora_tokens,

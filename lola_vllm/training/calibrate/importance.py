@@ -104,6 +104,12 @@ def errors_of_others(k: Tensor, v: Tensor, feature_map_k: Tensor) -> tuple[Tenso
     return errors.unflatten(0, (-1, group)).mean(1), torch.ones_like(lengths)
 
 
+def log_errors(k: Tensor, v: Tensor, feature_map_k: Tensor) -> tuple[Tensor, Tensor]:
+    """Logarithms of `errors_of_others`."""
+    with_state, without = errors_of_others(k, v, feature_map_k)
+    return with_state.clamp(min=RECALL_EPS).log(), without.clamp(min=RECALL_EPS).log()
+
+
 class LongRangeAttention:
     """Records the long-range attention of prompts.
 
@@ -143,13 +149,12 @@ class LongRangeAttention:
         if self._asked is not None:
             attention = attention * torch.tensor(self._asked)
         kept = slice(SKIPPED_TOKENS, max(SKIPPED_TOKENS, k.shape[1] - LAST_TOKENS))
-        errors = errors_of_others(k, v, self._maps[layer])
-        log_errors, log_values = (x.clamp(min=RECALL_EPS).log()[:, kept] for x in errors)
+        errors, values = log_errors(k, v, self._maps[layer])
         self.reads[layer].append(
             PromptReads(
                 features(k, v)[:, kept].half(),
-                log_errors,
-                log_values,
+                errors[:, kept],
+                values[:, kept],
                 attention[:, kept],
                 self._asked is not None,
             )
@@ -221,7 +226,7 @@ def held(
     found = torch.zeros(2, len(sizes))
     pairs = torch.tensor(list(sizes))
     for read in reads:
-        chosen = scores(read, weights)
+        chosen = scores(read.log_errors, read.features, weights)
         kept = chosen >= _last_kept(chosen, pairs)
         kept &= (pairs > 0)[:, None]
         found[0] += (read.attention * kept).sum(-1)
@@ -229,16 +234,16 @@ def held(
     return tuple(found)
 
 
-def scores(read: PromptReads, weights: Tensor | None) -> Tensor:
+def scores(log_errors: Tensor, features: Tensor, weights: Tensor | None) -> Tensor:
     """The log of each pair's score `[Hkv, n]`, but for a constant of each head.
 
     Args:
-        weights: an importance tensor; None: of the error alone.
+        log_errors: `[Hkv, n]`. features: `[Hkv, n, d // 2 + d]`. weights: an importance tensor;
+            None: the error alone counts.
     """
     if weights is None:
-        return read.log_errors
-    log = torch.einsum("hnf,hf->hn", read.features.float(), weights[:, :-1])
-    return read.log_errors + log
+        return log_errors
+    return log_errors + torch.einsum("hnf,hf->hn", features.float(), weights[:, :-1])
 
 
 def _last_kept(score: Tensor, pairs: Tensor) -> Tensor:

@@ -22,10 +22,12 @@ _TRIES = 200
 
 
 class CalibrationPrompt(NamedTuple):
-    """Token ids, and which of them are of facts that are asked for; None in plain text."""
+    """Token ids, which of them are of facts that are asked for, and which spell the answers; None
+    in plain text."""
 
     ids: list[int]
-    asked: list[bool] | None
+    asked: list[bool] | None = None
+    answers: list[bool] | None = None
 
 
 def draw_prompts(texts: Path, tokenizer: Any, options: CalibrateOptions) -> list[CalibrationPrompt]:
@@ -40,13 +42,14 @@ def draw_prompts(texts: Path, tokenizer: Any, options: CalibrateOptions) -> list
     for number in range(options.prompts):
         length = options.prompt_length // (1 if number // 4 % 2 else 2)
         if int((number + 1) * options.facts) == int(number * options.facts):
-            found.append(CalibrationPrompt(_plain(text, tokenizer, length, texts), None))
+            found.append(CalibrationPrompt(_plain(text, tokenizer, length, texts)))
             continue
         try:
             row = retrieval_row(tokenizer, length, rng, text)
         except RetrievalError as error:
             raise CheckpointError(f"facts = {options.facts:g}: {error}") from None
-        found.append(CalibrationPrompt(row.tokens, asked_for(row.tokens, row.answers)))
+        asked = asked_for(row.tokens, row.answers)
+        found.append(CalibrationPrompt(row.tokens, asked, row.answers))
     return found
 
 

@@ -63,14 +63,22 @@ def attention(
     if module.lola_window is not None:
         return sliding.attend(q, k, v, module.lola_window, None, s_aux).transpose(1, 2), None
     out = sliding.causal(q, k, v, None, s_aux)
-    queries = lola_window.queries
-    wide_k = k[0].repeat_interleave(q.shape[1] // k.shape[1], dim=0)
-    logits = q[0, :, queries].float() @ wide_k.float().mT * q.shape[-1] ** -0.5
-    later = torch.arange(q.shape[2]) > queries[:, None]
-    logits.masked_fill_(later, -torch.inf)
+    weights = attention_weights(q[0], k[0], lola_window.queries, s_aux)
+    lola_window.recorder.add(module.lola_number, k[0].float(), v[0].float(), weights)
+    return out.transpose(1, 2), None
+
+
+def attention_weights(q: Tensor, k: Tensor, queries: Tensor, s_aux: Tensor | None) -> Tensor:
+    """What some queries of a text attend to, `[Hq, n, T]` float32.
+
+    Args:
+        q: `[Hq, T, d]`. k: `[Hkv, T, d]`. queries: `[n]`, their positions. s_aux: `[Hq]`, logits of
+            learned sinks, which get the rest of 1.
+    """
+    wide_k = k.repeat_interleave(len(q) // len(k), dim=0)
+    logits = q[:, queries].float() @ wide_k.float().mT * q.shape[-1] ** -0.5
+    logits.masked_fill_(torch.arange(q.shape[1]) > queries[:, None], -torch.inf)
     if s_aux is not None:
         of_sinks = s_aux.float()[:, None, None].expand(-1, len(queries), -1)
         logits = torch.cat([logits, of_sinks], dim=-1)
-    weights = logits.softmax(-1)[..., : k.shape[2]]  # [Hq, n, T]
-    lola_window.recorder.add(module.lola_number, k[0].float(), v[0].float(), weights)
-    return out.transpose(1, 2), None
+    return logits.softmax(-1)[..., : k.shape[1]]

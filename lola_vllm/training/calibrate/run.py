@@ -5,15 +5,16 @@ Calibration reads prompts with softmax attention, and notes what each head reads
 (`importance.py`). Plain text seldom asks for a detail from far back, so most prompts hide facts and
 ask for them (`prompts.py`).
 
-Which pairs a cache should hold depends on its size, and what a size adds on which pairs it
-holds. So importance is fitted twice: roughly to caches of one size, by which the pairs are divided
-among the heads (`sizes.py`), and then to caches of these sizes.
+Which pairs a cache should hold depends on its size, and what a size is worth on which pairs it
+holds. So importance is fitted twice: roughly to caches of one size, by which the model's
+predictions say what pairs of each head are worth (`losses.py`, `sizes.py`), and then to caches of
+the sizes that follow.
 
 With `recent` some heads have recent pairs besides: those that go on with a passage word by word
 (`copying.py`). Divisions of them are tried (`trials.py`).
 
-With `state_worth` heads lose their hidden state that do without, and those whose hidden state is
-worth most get more pairs (`states.py`). The memory goes to pairs, and these are divided once more.
+With `state_worth` heads lose their hidden state that do without (`states.py`). The memory goes to
+pairs, and these are divided once more.
 """
 
 from __future__ import annotations
@@ -60,23 +61,26 @@ from lola_vllm.training.calibrate.importance import (
     parted,
     without_states,
 )
-from lola_vllm.training.calibrate.options import CalibrateOptions
-from lola_vllm.training.calibrate.prompts import draw_plain, draw_prompts
-from lola_vllm.training.calibrate.reader import ATTENTION, attention, read
-from lola_vllm.training.calibrate.sizes import AttentionGains, divide_among
-from lola_vllm.training.calibrate.states import (
-    MORE_PAIRS,
-    PROMPTS,
-    WORTH_PAIRS,
-    predictions,
-    state_worths,
+from lola_vllm.training.calibrate.losses import (
+    LOSS_ATTENTION,
+    Losses,
+    loss_attention,
+    pair_losses,
 )
+from lola_vllm.training.calibrate.options import CalibrateOptions
+from lola_vllm.training.calibrate.prompts import CalibrationPrompt, draw_plain, draw_prompts
+from lola_vllm.training.calibrate.reader import ATTENTION, attention, read
+from lola_vllm.training.calibrate.sizes import divide_among
+from lola_vllm.training.calibrate.states import PROMPTS, state_worths
 from lola_vllm.training.calibrate.trials import (
     RECENT_ATTENTION,
     passage_log_probs,
     recent_attention,
 )
 
+# Of eight prompts, those that say what pairs are worth: one of plain text where there is any, and
+# two more, all of full length.
+TRIED_OF_EIGHT = (4, 5, 6)
 # Of the first fit, whose importance only serves to find sizes.
 FIRST_EPOCHS = EPOCHS // 3
 COPYING_PROMPTS = 8  # that find the heads which copy
@@ -159,6 +163,7 @@ def calibrate(
         )
     transformers.AttentionInterface.register(ATTENTION, attention)
     transformers.AttentionInterface.register(RECENT_ATTENTION, recent_attention)
+    transformers.AttentionInterface.register(LOSS_ATTENTION, loss_attention)
     softmax, maps = _open(base, model, options.dtype)
     recent = _find_recent(softmax, tokenizer, texts, options)
     # Beyond more recent pairs than this the prompts would show too little to fit to.
@@ -169,31 +174,19 @@ def calibrate(
     pairs = options.pairs + max(0, options.recent - math.ceil(mean))
     recorder = LongRangeAttention(prompts, maps, near)
     read(softmax, [prompt.ids for prompt in prompts], recorder, "reading")
+    without = bool(options.state_worth)  # most heads, so that the values alone are scored
+    losses = _losses(softmax, prompts, recorder.reads, maps, recent, without, pairs, options)
     states = [[True] * len(of_heads) for of_heads in recent]
-    more = [[0] * len(of_heads) for of_heads in recent]
-    found = _divide(softmax.config, recorder.reads, recent, states, more, pairs, options)
+    found = _divide(softmax.config, recorder.reads, losses, recent, states, pairs, options)
     if options.state_worth and model is not None:
         length = min(2 * options.prompt_length, softmax.config.max_position_embeddings)
         plain = draw_plain(texts, tokenizer, length, PROMPTS, options.seed)
         softmax.set_attn_implementation(RECENT_ATTENTION)
-        truth = predictions(softmax, plain)
         student = _student(model, found, options)
-        worths = state_worths(student, truth, plain)
+        worths = state_worths(student, softmax, plain)
         states = [(of_heads > options.state_worth).tolist() for of_heads in worths]
-        freed = _pairs_for_states(student.config, states)
-        count = sum(map(len, states))
-        if large := _worth_most(worths, (pairs + freed) * count // (2 * MORE_PAIRS)):
-            sizes, full = copy.deepcopy(found.sizes), _full_layers(softmax.config)
-            for layer, head in large:
-                more[layer][head] = MORE_PAIRS
-                sizes[full[layer]][head] += MORE_PAIRS
-            student.config.lola_config = {"sparse_cache_size": sizes}
-            worths = state_worths(student, truth, plain, more)
-            for layer, head in large:
-                states[layer][head] = bool(worths[layer][head] > options.state_worth)
-            freed = _pairs_for_states(student.config, states)
-        pairs += freed - math.ceil(MORE_PAIRS * len(large) / count)
-        found = _divide(softmax.config, recorder.reads, recent, states, more, pairs, options)
+        pairs += _pairs_for_states(student.config, states)
+        found = _divide(softmax.config, recorder.reads, losses, recent, states, pairs, options)
     return found
 
 
@@ -212,41 +205,58 @@ def _check_states(options: CalibrateOptions, model: Path | None) -> None:
         )
 
 
+def _losses(
+    softmax: Any,
+    prompts: Sequence[CalibrationPrompt],
+    reads: Sequence[Sequence[PromptReads]],
+    maps: Sequence[Tensor],
+    recent: list[list[int]],
+    without: bool,
+    pairs: int,
+    options: CalibrateOptions,
+) -> Losses:
+    """What pairs cost, ranked by an importance that is fitted roughly.
+
+    Args:
+        reads, maps, recent: by layer that does not slide. without: whether no head has a hidden
+            state. pairs: of a KV head, on average.
+    """
+    states = [[not without] * len(of_heads) for of_heads in recent]
+    importance = []
+    for of_layer, own in zip(tqdm(reads, desc="first fit", unit="layer"), states, strict=True):
+        fitted, _ = parted([without_states(read, own) for read in of_layer])
+        importance.append(fit(fitted, [pairs] * len(own), options.seed, FIRST_EPOCHS))
+    tried = [prompt for i, prompt in enumerate(prompts) if i % 8 in TRIED_OF_EIGHT]
+    softmax.set_attn_implementation(LOSS_ATTENTION)
+    return pair_losses(softmax, tried, importance, maps, recent, states, options.seed)
+
+
 def _divide(
     config: Any,
     reads: Sequence[Sequence[PromptReads]],
+    losses: Losses,
     recent: list[list[int]],
     states: list[list[bool]],
-    more: list[list[int]],
     pairs: int,
     options: CalibrateOptions,
 ) -> Calibration:
     """Divide pairs, so many of a KV head on average besides the recent ones, and fit importance.
 
     Args:
-        config: of the base. reads, recent, states: by layer that does not slide. more: likewise,
-            pairs that a head has besides those that are divided.
+        config: of the base. reads, recent, states: by layer that does not slide.
     """
-    parts = [
-        parted([without_states(read, own) for read in of_layer])
-        for of_layer, own in zip(reads, states, strict=True)
-    ]
-    gains = []
-    for fitted, _ in tqdm(parts, desc="sizes", unit="layer"):
-        alike = [pairs] * len(fitted[0].attention)
-        gains.append(AttentionGains(fitted, fit(fitted, alike, options.seed, FIRST_EPOCHS)))
-    sizes = divide_among(gains, pairs, options.least)
+    sizes = divide_among(losses, pairs, options.least, options.prompt_length)
     found = Calibration([], [], [], {}, {})
     heads = config.num_key_value_heads
     for _ in range(config.num_hidden_layers):
         found.sizes.append([0] * heads)
         found.recent.append([0] * heads)
         found.states.append([True] * heads)
-    fits = zip(_full_layers(config), parts, sizes, more, recent, states, strict=True)
-    for layer, (fitted, judged), divided, extra, newest, has_state in tqdm(
+    fits = zip(_full_layers(config), reads, sizes, recent, states, strict=True)
+    for layer, of_layer, own, newest, has_state in tqdm(
         list(fits), desc="importance", unit="layer"
     ):
-        own = [x + y for x, y in zip(divided, extra, strict=True)]
+        fitted, judged = parted([without_states(read, has_state) for read in of_layer])
         found.importance[layer] = weights = fit(fitted, own, options.seed)
         alone, total = (x / len(judged) for x in held(judged, own, None))
         weighted = held(judged, own, weights)[0] / len(judged)
@@ -268,18 +278,6 @@ def _student(model: Path, found: Calibration, options: CalibrateOptions) -> Any:
     for layer, weights in found.importance.items():
         attentions(student)[layer].importance = torch.nn.Parameter(weights)
     return student
-
-
-def _worth_most(worths: Sequence[Tensor], many: int) -> list[tuple[int, int]]:
-    """Layer and head of the hidden states that are worth more than `WORTH_PAIRS`, so many of them
-    at most."""
-    worth = {
-        (layer, head): x
-        for layer, own in enumerate(worths)
-        for head, x in enumerate(own.tolist())
-        if WORTH_PAIRS < x < math.inf
-    }
-    return sorted(worth, key=worth.__getitem__, reverse=True)[:many]
 
 
 def _pairs_for_states(config: DecoderConfig, states: list[list[bool]]) -> int:

@@ -1,8 +1,8 @@
 """How many pairs each KV head should have.
 
-A head's cache of n pairs holds the n tokens that score highest. Prompts say how much long-range
-attention each token gets (`importance.py`), and so what one more pair adds to the head. Under a
-fixed sum of pairs most is held where the next pair adds the same to every head.
+What a model's predictions lose where a head has few pairs says what one more is worth
+(`losses.py`). Under a fixed sum of pairs least is lost where the next pair is worth the same to
+every head.
 """
 
 from __future__ import annotations
@@ -12,54 +12,42 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lola_vllm.training.calibrate.importance import PLAIN, PromptReads, scores
+from lola_vllm.training.calibrate.importance import PLAIN
+from lola_vllm.training.calibrate.losses import PAIRS, Losses
 
 
-class AttentionGains:
-    """The attention that each further pair of a layer's heads adds, summed over prompts.
-
-    Args:
-        reads: of the layer. weights: its importance tensor; None: the error alone chooses.
-
-    Attributes:
-        facts, plain: `[Hkv, n]` float64, of prompts that ask for facts and of plain text. Column i
-            is the attention to tokens that i others score above.
-    """
-
-    def __init__(self, reads: Sequence[PromptReads], weights: Tensor | None) -> None:
-        self.facts = self.plain = torch.zeros(len(reads[0].attention), 0, dtype=torch.float64)
-        for read in reads:
-            ranked = read.attention.gather(1, scores(read, weights).argsort(-1, descending=True))
-            if read.of_facts:
-                self.facts = _add(self.facts, ranked.double())
-            else:
-                self.plain = _add(self.plain, ranked.double())
-
-
-def divide_among(layers: Sequence[AttentionGains], pairs: int, least: int) -> list[list[int]]:
+def divide_among(losses: Losses, pairs: int, least: int, most: int) -> list[list[int]]:
     """Sizes per layer and KV head.
 
     Args:
-        pairs: of a head, on average. least: of any head.
+        pairs: of a head, on average. least: of any head. most: pairs beyond which none is worth
+            anything.
 
     Facts and plain text count as in the fit of importance, whatever their number of prompts is.
     """
-    facts = sum(float(gains.facts.sum()) for gains in layers)
-    plain = sum(float(gains.plain.sum()) for gains in layers)
-    gains_of = []
-    for gains in layers:
-        total = _add(gains.facts / max(facts, 1e-9), PLAIN * gains.plain / max(plain, 1e-9))
-        gains_of += list(total)
-    sizes = divide(gains_of, pairs * len(gains_of), least)
-    heads = len(sizes) // len(layers)
+    facts, plain = (x / x[..., 0].sum().clamp(min=1e-9) for x in losses)
+    total = facts + PLAIN * plain
+    gains = [-x.diff() for x in _between(total.flatten(0, 1), most)]
+    sizes = divide(gains, pairs * len(gains), least)
+    heads = total.shape[1]
     return [sizes[i : i + heads] for i in range(0, len(sizes), heads)]
+
+
+def _between(losses: Tensor, most: int) -> Tensor:
+    """Losses of 0, 1, ... `most` pairs `[n, most + 1]`, on straight lines over the logarithm of
+    pairs between those of `PAIRS`, `[n, len(PAIRS)]`."""
+    x = (torch.arange(most + 1) + PAIRS[1]).double().log()
+    known = (PAIRS + PAIRS[1]).double().log()
+    right = torch.searchsorted(known, x).clamp(1, len(PAIRS) - 1)
+    part = (x - known[right - 1]) / (known[right] - known[right - 1])
+    return losses[:, right - 1].lerp(losses[:, right], part.clamp(max=1))
 
 
 def divide(gains_of: Sequence[Tensor], total: int, least: int) -> list[int]:
     """Sizes of caches that sum to `total`.
 
     Args:
-        gains_of: for each cache the attention that each further pair adds, `[n]`.
+        gains_of: for each cache what each further pair is worth, `[n]`.
         least: of any cache.
 
     Raises:
@@ -93,9 +81,3 @@ def _levelled(gains: list[float]) -> list[float]:
             block = (last[0] + block[0], last[1] + block[1])
         blocks.append(block)
     return [amount / length for amount, length in blocks for _ in range(length)]
-
-
-def _add(x: Tensor, y: Tensor) -> Tensor:
-    n = max(x.shape[1], y.shape[1])
-    x, y = (torch.nn.functional.pad(z, (0, n - z.shape[1])) for z in (x, y))
-    return x + y

@@ -4,10 +4,6 @@ A head that holds nearly all that it looks back to, or looks back to nothing, lo
 one, and what its hidden state adds may mislead. So each is tried alone. A LoLA model reads plain
 text, and predicts the last tokens with the gates of one KV head closed. How much further it is then
 from the same weights with softmax attention is what the hidden state is worth.
-
-A head whose hidden state is worth much looks at everything a little. Attention that is spread so
-thin counts for nothing when pairs are divided (`importance.py`), but thousands of pairs hold much
-of it. Such a head gets them, and is tried again.
 """
 
 from __future__ import annotations
@@ -27,45 +23,25 @@ from lola_vllm.models.schema import CLOSED_FACTOR
 
 PROMPTS = 6  # of plain text
 LAST = 96  # tokens of each that are predicted again and again
-# Nats a token that a hidden state is worth in a head with too few pairs, and how many more it gets.
-WORTH_PAIRS, MORE_PAIRS = 0.02, 2048
 
 
 @torch.no_grad()
-def predictions(softmax: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """What softmax attention makes of the last tokens of prompts.
-
-    Returns:
-        Of each prompt, log-probabilities `[1, LAST, vocabulary]` in bfloat16.
-    """
-    ids = [torch.tensor([list(prompt)]) for prompt in prompts]
-    found = [_log_probs(softmax(row, use_cache=False, logits_to_keep=LAST)) for row in ids]
-    return [own.to(torch.bfloat16) for own in found]  # all of them together take little memory
-
-
-@torch.no_grad()
-def state_worths(
-    model: Any,
-    truth: Sequence[Tensor],
-    prompts: Sequence[Sequence[int]],
-    tried: Sequence[Sequence[int]] | None = None,
-) -> list[Tensor]:
+def state_worths(model: Any, softmax: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
     """What the hidden states of KV heads are worth, each alone.
 
     Args:
         model: a LoLA model of transformers whose mixing is "lola".
-        truth: the `predictions` of the same weights with softmax attention.
+        softmax: the same weights with softmax attention.
         prompts: token ids, all of one length, more than `LAST`.
-        tried: by layer that does not slide, a number for each KV head; 0 is not tried. Default: all
-            are.
 
     Returns:
         By layer that does not slide, `[Hkv]` float64: nats a token by which the divergence of its
-        predictions from those with softmax attention grows. Infinite where nothing was folded in,
-        and where it was not tried.
+        predictions from those with softmax attention grows. Infinite where nothing was folded in.
     """
     ids = torch.tensor([list(prompt) for prompt in prompts])
     text, last = ids.split([ids.shape[1] - LAST, LAST], dim=1)
+    truth = [_log_probs(softmax(row[None], use_cache=False, logits_to_keep=LAST)) for row in ids]
+    truth = [own.to(torch.bfloat16) for own in truth]  # all of them together take little memory
     cache = LolaCache(model.config)
     model(text, past_key_values=cache, logits_to_keep=1)
 
@@ -80,8 +56,7 @@ def state_worths(
     for i in tqdm(range(worths.numel()), desc="hidden states", unit="head"):
         layer, head = divmod(i, heads)
         pages = cache.layers[layers[layer].layer_idx].layout.pages
-        folded = int(pages[head * len(pages) // heads].num_folded(torch.tensor(text.shape[1])))
-        if not folded or not (tried is None or tried[layer][head]):
+        if not int(pages[head * len(pages) // heads].num_folded(torch.tensor(text.shape[1]))):
             worths[layer, head] = torch.inf
             continue
         with closed(layers[layer], head, heads):

@@ -22,7 +22,6 @@ from lola_vllm.models.calibration import (
 from lola_vllm.models.files import CheckpointError, open_weights
 from lola_vllm.training.calibrate.importance import (
     LAST_TOKENS,
-    PLAIN,
     SKIPPED_TOKENS,
     LongRangeAttention,
     PromptReads,
@@ -33,6 +32,7 @@ from lola_vllm.training.calibrate.importance import (
     held,
     parted,
 )
+from lola_vllm.training.calibrate.losses import PAIRS, Losses
 from lola_vllm.training.calibrate.options import CalibrateOptions
 from lola_vllm.training.calibrate.prompts import (
     AFTER,
@@ -42,7 +42,7 @@ from lola_vllm.training.calibrate.prompts import (
     draw_prompts,
 )
 from lola_vllm.training.calibrate.reader import ATTENTION, attention, read
-from lola_vllm.training.calibrate.sizes import AttentionGains, divide, divide_among
+from lola_vllm.training.calibrate.sizes import divide, divide_among
 from lola_vllm.training.texts import SEPARATOR, is_held_out
 
 
@@ -69,45 +69,28 @@ def test_what_adds_nothing_goes_to_all_alike():
         divide([torch.ones(9)] * 4, 30, 10)
 
 
-def _gains(facts: list[list[float]], plain: list[list[float]]) -> AttentionGains:
-    """Of prompts whose errors say in which order tokens are kept: as they stand."""
-
-    def read(attention: list[list[float]], of_facts: bool) -> PromptReads:
-        x = torch.tensor(attention)
-        errors = -torch.arange(x.shape[1]) * torch.ones(x.shape)
-        return PromptReads(torch.zeros(*x.shape, 3), errors, errors, x, of_facts)
-
-    return AttentionGains([read(facts, True), read(plain, False), read(facts, True)], None)
+def _losses(facts: list[list[float]], plain: list[list[float]]) -> Losses:
+    """Of one layer, by KV head: what 0, 8 and 11 pairs cost; more cost nothing."""
+    padding = (0, len(PAIRS) - 3)
+    pad = torch.nn.functional.pad
+    return Losses(*(pad(torch.tensor([x]).double(), padding) for x in (facts, plain)))
 
 
-def test_gains_are_the_attention_by_rank():
-    generator = torch.Generator().manual_seed(9)
-    reads = [
-        PromptReads(torch.randn(2, n, 3, generator=generator).half(),
-             torch.randn(2, n, generator=generator), torch.zeros(2, n),
-             torch.rand(2, n, generator=generator), facts)
-        for n, facts in ((7, True), (5, True), (6, False))
-    ]  # fmt: skip
-    weights = torch.randn(2, 4, generator=generator)
-    gains = AttentionGains(reads, weights)
-    assert gains.facts.shape == (2, 7) and gains.plain.shape == (2, 6)
-    for kind, of_kind in ((gains.facts, reads[:2]), (gains.plain, reads[2:])):
-        for pairs in (1, 3, 5):
-            kept, _ = held(of_kind, [pairs, pairs], weights)
-            torch.testing.assert_close(kind[:, :pairs].sum(1).float(), kept)
+NONE = [[0.0, 0, 0]] * 2
 
 
-def test_sizes_are_of_heads():
-    first = _gains([[8.0, 3, 2, 0], [0, 0, 0, 0]], [[0.0, 0, 0, 0]] * 2)
-    second = _gains([[1.0, 1, 0, 0], [6.0, 5, 4, 3]], [[0.0, 0, 0, 0]] * 2)
-    assert divide_among([first, second], 2, 0) == [[3, 0], [1, 4]]
-    assert divide_among([first, second], 2, 1) == [[2, 1], [1, 4]]
+def test_pairs_go_where_they_lower_losses_most():
+    assert divide_among(_losses([[9.0, 1, 1], [8, 0, 0]], NONE), 4, 0, 50) == [[4, 4]]
+    assert divide_among(_losses([[9.0, 1, 1], [4, 0, 0]], NONE), 4, 0, 50) == [[8, 0]]
+    # Beyond 8 pairs the first head loses no more.
+    assert divide_among(_losses([[9.0, 1, 1], [4, 0, 0]], NONE), 8, 0, 50) == [[8, 8]]
 
 
 def test_plain_text_weighs_less_than_facts_among_sizes():
-    """Both sum to one; the second head's first pair adds 0.7 of plain text, halved."""
-    gains = _gains([[6.0, 4, 0], [0, 0, 0]], [[0.0, 0, 0], [7.0, 3, 0]])
-    assert PLAIN < 1 and divide_among([gains], 1, 0) == [[2, 0]]
+    """Both sum to one, and plain text's is halved."""
+    losses = _losses([[0.6, 0, 0], [0, 0, 0]], [[0, 0, 0], [10.0, 0, 0]])
+    assert divide_among(losses, 6, 0, 50) == [[8, 4]]
+    assert divide_among(Losses(*reversed(losses)), 6, 0, 50) == [[4, 8]]
 
 
 def test_plain_text_weighs_less_than_facts_in_the_fit():
@@ -258,7 +241,7 @@ def test_plain_text_is_read_anywhere_and_facts_where_they_are(base):
     order_heads(model)
     ids = torch.randint(64, (320,), generator=torch.Generator().manual_seed(1)).tolist()
     near = [40 <= i < 60 for i in range(320)]
-    prompts = [CalibrationPrompt(ids, None), CalibrationPrompt(ids, near)]
+    prompts = [CalibrationPrompt(ids), CalibrationPrompt(ids, near)]
     maps = [torch.eye(8).repeat(2, 1, 1)] * 3
     recorder = LongRangeAttention(prompts, maps, [[0], [150], [0, 250]])
     read(model, [prompt.ids for prompt in prompts], recorder, "reading")
