@@ -35,8 +35,8 @@ TRANSFER_TOKENS, LORA_TOKENS, ON_TOKENS = 393_216, 393_216, 225_280
 LEAST_ROWS, LONGEST_ROW = 6, 32_768
 LEAST_PROMPTS = 24  # of a calibration
 BYTES_PER_TOKEN = 4  # of English, about
-# What a hidden state must be worth to be kept, in nats a token: of Qwen2.5-Coder-0.5B's, 11 of 48.
-STATE_WORTH = 0.003
+# What a hidden state must be worth to be kept, in nats a token. Less is noise, and costs chains.
+STATE_WORTH = 0.01
 
 
 @dataclass(frozen=True)

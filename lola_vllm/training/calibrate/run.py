@@ -70,7 +70,7 @@ from lola_vllm.training.calibrate.losses import (
 from lola_vllm.training.calibrate.options import CalibrateOptions
 from lola_vllm.training.calibrate.prompts import CalibrationPrompt, draw_plain, draw_prompts
 from lola_vllm.training.calibrate.reader import ATTENTION, attention, read
-from lola_vllm.training.calibrate.sizes import divide_among
+from lola_vllm.training.calibrate.sizes import cost_at, divide_among, scaled
 from lola_vllm.training.calibrate.states import PROMPTS, state_worths
 from lola_vllm.training.calibrate.trials import (
     RECENT_ATTENTION,
@@ -177,16 +177,25 @@ def calibrate(
     without = bool(options.state_worth)  # most heads, so that the values alone are scored
     losses = _losses(softmax, prompts, recorder.reads, maps, recent, without, pairs, options)
     states = [[True] * len(of_heads) for of_heads in recent]
-    found = _divide(softmax.config, recorder.reads, losses, recent, states, pairs, options)
+    sizes = divide_among(losses, pairs, options.least, options.prompt_length)
+    found = _fit(softmax.config, recorder.reads, sizes, recent, states, options)
     if options.state_worth and model is not None:
         length = min(2 * options.prompt_length, softmax.config.max_position_embeddings)
         plain = draw_plain(texts, tokenizer, length, PROMPTS, options.seed)
         softmax.set_attn_implementation(RECENT_ATTENTION)
         student = _student(model, found, options)
-        worths = state_worths(student, softmax, plain)
-        states = [(of_heads > options.state_worth).tolist() for of_heads in worths]
-        pairs += _pairs_for_states(student.config, states)
-        found = _divide(softmax.config, recorder.reads, losses, recent, states, pairs, options)
+        worths = torch.stack(state_worths(student, softmax, plain))
+        losses = scaled(losses, sizes, worths, options.state_worth)
+
+        def divided(states: Tensor) -> list[list[int]]:
+            freed = _pairs_for_states(student.config, states.tolist())
+            return divide_among(losses, pairs + freed, options.least, options.prompt_length)
+
+        never = worths.isinf()  # tried
+        lost = cost_at(losses.plain, divided(never))
+        needed = never | (worths.minimum(lost) > options.state_worth)
+        sizes, states = divided(needed), needed.tolist()
+        found = _fit(softmax.config, recorder.reads, sizes, recent, states, options)
     return found
 
 
@@ -231,21 +240,19 @@ def _losses(
     return pair_losses(softmax, tried, importance, maps, recent, states, options.seed)
 
 
-def _divide(
+def _fit(
     config: Any,
     reads: Sequence[Sequence[PromptReads]],
-    losses: Losses,
+    sizes: list[list[int]],
     recent: list[list[int]],
     states: list[list[bool]],
-    pairs: int,
     options: CalibrateOptions,
 ) -> Calibration:
-    """Divide pairs, so many of a KV head on average besides the recent ones, and fit importance.
+    """Fit importance to caches of so many pairs besides the recent ones.
 
     Args:
-        config: of the base. reads, recent, states: by layer that does not slide.
+        config: of the base. reads, sizes, recent, states: by layer that does not slide.
     """
-    sizes = divide_among(losses, pairs, options.least, options.prompt_length)
     found = Calibration([], [], [], {}, {})
     heads = config.num_key_value_heads
     for _ in range(config.num_hidden_layers):

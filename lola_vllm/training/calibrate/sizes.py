@@ -33,6 +33,29 @@ def divide_among(losses: Losses, pairs: int, least: int, most: int) -> list[list
     return [sizes[i : i + heads] for i in range(0, len(sizes), heads)]
 
 
+def cost_at(losses: Tensor, sizes: Sequence[Sequence[int]]) -> Tensor:
+    """What heads of so many pairs cost `[layers, Hkv]`, of one of `Losses`."""
+    flat = torch.tensor(list(sizes)).flatten()
+    of_all = _between(losses.flatten(0, 1), int(flat.max()))
+    return of_all.gather(1, flat[:, None]).view(losses.shape[:2])
+
+
+def scaled(losses: Losses, sizes: Sequence[Sequence[int]], worths: Tensor, least: float) -> Losses:
+    """Losses with plain text's larger where a trial says so.
+
+    A head that looks at everything a little fails all queries alike, and then later layers fail
+    with it. Gradients of single queries do not show this, and closing its hidden state does.
+
+    Args:
+        sizes: pairs of the heads whose hidden state was closed. worths: `[layers, Hkv]`, nats a
+            token that each hidden state was worth then; infinite where none was closed.
+        least: below it a worth is noise.
+    """
+    known = worths.isfinite() & (worths > least)
+    factor = worths / cost_at(losses.plain, sizes).clamp(min=1e-9)
+    return losses._replace(plain=losses.plain * factor.where(known, 1).clamp(min=1)[..., None])
+
+
 def _between(losses: Tensor, most: int) -> Tensor:
     """Losses of 0, 1, ... `most` pairs `[n, most + 1]`, on straight lines over the logarithm of
     pairs between those of `PAIRS`, `[n, len(PAIRS)]`."""

@@ -4,6 +4,9 @@ A head that holds nearly all that it looks back to, or looks back to nothing, lo
 one, and what its hidden state adds may mislead. So each is tried alone. A LoLA model reads plain
 text, and predicts the last tokens with the gates of one KV head closed. How much further it is then
 from the same weights with softmax attention is what the hidden state is worth.
+
+What it is worth says, too, what the pairs cost that the head lacks. Where this is more than was
+estimated (`sizes.scaled`), the head gets more pairs, and may do without.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ from lola_vllm.training.calibrate.prompts import (
     draw_prompts,
 )
 from lola_vllm.training.calibrate.reader import ATTENTION, attention, read
-from lola_vllm.training.calibrate.sizes import divide, divide_among
+from lola_vllm.training.calibrate.sizes import cost_at, divide, divide_among, scaled
 from lola_vllm.training.texts import SEPARATOR, is_held_out
 
 
@@ -91,6 +91,25 @@ def test_plain_text_weighs_less_than_facts_among_sizes():
     losses = _losses([[0.6, 0, 0], [0, 0, 0]], [[0, 0, 0], [10.0, 0, 0]])
     assert divide_among(losses, 6, 0, 50) == [[8, 4]]
     assert divide_among(Losses(*reversed(losses)), 6, 0, 50) == [[4, 8]]
+
+
+def test_costs_between_those_that_were_tried():
+    facts = _losses([[9.0, 1, 1], [8, 0, 0]], NONE).facts
+    assert cost_at(facts, [[0, 8]]).tolist() == [[9, 0]]
+    # 4 pairs stand between 0 and 8 as the logarithms of 8, 12 and 16 do.
+    found = cost_at(facts, [[4, 4]])
+    torch.testing.assert_close(found, torch.tensor([[4.32, 3.32]]).double(), rtol=1e-3, atol=0)
+
+
+def test_losses_grow_to_what_a_hidden_state_is_worth():
+    losses = _losses(NONE, [[9.0, 1, 1], [8, 0, 0]])
+    worths = torch.tensor([[27.0, 0.4]])
+    assert scaled(losses, [[0, 0]], worths, 0.5).plain.tolist() == [
+        [[27, 3, 3, *[0] * (len(PAIRS) - 3)], losses.plain[0, 1].tolist()]
+    ]
+    for less in ([[8.0, 8.0]], [[torch.inf, 0.4]]):  # estimated to be worth more, or not tried
+        assert scaled(losses, [[0, 0]], torch.tensor(less), 0.5).plain.equal(losses.plain)
+    assert scaled(losses, [[0, 0]], worths, 0.5).facts is losses.facts
 
 
 def test_plain_text_weighs_less_than_facts_in_the_fit():

@@ -15,9 +15,9 @@ from lola_vllm.models.calibration import importance_tensors, write_calibrated
 from lola_vllm.models.files import CheckpointError
 from lola_vllm.models.init import init_checkpoint
 from lola_vllm.models.schema import CLOSED_FACTOR
+from lola_vllm.training.calibrate import run
 from lola_vllm.training.calibrate.importance import PromptReads, without_states
 from lola_vllm.training.calibrate.options import CalibrateOptions
-from lola_vllm.training.calibrate.run import calibrate
 from lola_vllm.training.calibrate.states import LAST, state_worths
 
 LOLA = {"window_size": 16, "sparse_cache_size": [[24, 400], 24, 24], "update_interval": 16}
@@ -60,10 +60,10 @@ def test_the_memory_of_hidden_states_goes_to_pairs(base, texts, tmp_path):
     source, out = tmp_path / "lola", tmp_path / "calibrated"
     assert cli.main(["init", "--base", str(base), "--out", str(source)]) == 0
     options = CalibrateOptions(pairs=40, least=8, prompts=8, prompt_length=300, facts=0)
-    before = calibrate(base, texts, options, source)
+    before = run.calibrate(base, texts, options, source)
     assert before.keys["hidden_state"] is True
     options = dataclasses.replace(options, state_worth=1e9)
-    found = calibrate(base, texts, options, source)
+    found = run.calibrate(base, texts, options, source)
     assert found.states == [[False, False]] * 3
     # H and s of a head, over a pair in bfloat16 with its position; but for the padding of pages.
     pairs = (2 * 8 * (8 + 1) * 4) // (2 * 8 * 2 + 4)
@@ -76,10 +76,42 @@ def test_the_memory_of_hidden_states_goes_to_pairs(base, texts, tmp_path):
     assert not served.config.lola.for_layer(1).hidden_state
 
 
+def test_a_head_that_needs_its_hidden_state_gets_pairs_in_its_place(
+    base, texts, tmp_path, monkeypatch
+):
+    assert cli.main(["init", "--base", str(base), "--out", str(tmp_path / "lola")]) == 0
+    asked, worths = [], torch.full((3, 2), 0.001)
+    worths[0, 0], worths[1, 1] = 0.5, torch.inf
+
+    def tried(student, softmax, plain):
+        asked.append(student.config.lola_config["sparse_cache_size"])
+        return list(worths)
+
+    monkeypatch.setattr(run, "state_worths", tried)
+    options = CalibrateOptions(pairs=40, least=8, prompts=8, prompt_length=300, facts=0)
+
+    def calibrated(worth):
+        given = dataclasses.replace(options, state_worth=worth)
+        return run.calibrate(base, texts, given, tmp_path / "lola")
+
+    found = calibrated(0.49)
+    before = asked[0]
+    # It takes far more than the others, and what it still lacks costs less than 0.49.
+    assert found.states == [[False, False], [False, True], [False, False]]
+    assert found.sizes[0][0] > before[0][0] + 100
+    size, own = (
+        estimate(tmp_path / "lola", keys).bytes_per_sequence
+        for keys in ({"sparse_cache_size": before}, found.keys)
+    )
+    assert abs(size - own) < 6 * PAGE_ALIGNMENT
+    # It holds everything then; the others do not.
+    assert calibrated(1e-8).states == [[False, True], [True, True], [True, True]]
+
+
 def test_a_mixing_without_gates_is_refused(base, texts, tmp_path):
     init_checkpoint(base, tmp_path / "lola", {"mixing": "lolcats"})
     options = CalibrateOptions(pairs=40, state_worth=0.1, prompts=8)
     with pytest.raises(CheckpointError, match="mixing = 'lolcats' counts the hidden state"):
-        calibrate(base, texts, options, tmp_path / "lola")
+        run.calibrate(base, texts, options, tmp_path / "lola")
     with pytest.raises(CheckpointError, match="least = 0, but a head without"):
-        calibrate(base, texts, dataclasses.replace(options, least=0), tmp_path / "lola")
+        run.calibrate(base, texts, dataclasses.replace(options, least=0), tmp_path / "lola")
