@@ -20,8 +20,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lola_vllm.core.ops import sliding
-from lola_vllm.engine.hf.attention import in_form
 from lola_vllm.training.calibrate.importance import (
     LAST_QUERIES,
     features,
@@ -32,7 +30,6 @@ from lola_vllm.training.calibrate.prompts import CalibrationPrompt
 from lola_vllm.training.calibrate.reader import attention_weights
 from lola_vllm.training.calibrate.trials import SINKS, WINDOW
 
-LOSS_ATTENTION = "lola_calibration_losses"
 # Pairs of a head that are tried: none, and powers of the root of 2.
 PAIRS = torch.tensor([0, *(round(8 * 2 ** (i / 2)) for i in range(25))])
 ONE_IN = 16  # queries of a prompt, and the last ones where facts are asked for
@@ -51,22 +48,28 @@ class Losses(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """A layer's importance `[Hkv, d // 2 + d + 1]`, its key maps `[Hs, d, F]`, and for each KV head
-    its recent pairs and whether it has a hidden state."""
+    """A layer's importance `[Hkv, d // 2 + d + 1]`, its key maps `[Hs, d, F]`, and the recent pairs
+    of each KV head."""
 
     importance: Tensor
     maps: Tensor
     recent: Sequence[int]
-    states: Sequence[bool]
 
 
 class _Prompt:
     """A prompt that is read, and the sums of its queries."""
 
-    def __init__(self, layers: Sequence[_Layer], queries: Tensor) -> None:
-        self._layers, self.queries = layers, queries
+    def __init__(self, layers: Sequence[_Layer], queries: Tensor, has_states: bool) -> None:
+        self._layers, self._queries, self._has_states = layers, queries, has_states
         heads = len(layers[0].recent)
         self.sums = torch.zeros(len(layers), heads, len(PAIRS), dtype=torch.float64)
+
+    def see(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, s_aux: Tensor | None
+    ) -> None:
+        """See `AttentionReader`."""
+        q, k, v = q.detach(), k.detach(), v.detach()
+        out.register_hook(lambda gradient: self.add(layer, q, k, v, gradient[0], s_aux))
 
     def add(
         self, number: int, q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, s_aux: Tensor | None
@@ -79,11 +82,11 @@ class _Prompt:
         """
         layer, T = self._layers[number], k.shape[1]
         k, v = k.float(), v.float()
-        weights = attention_weights(q, k, self.queries, s_aux)
+        weights = attention_weights(q, k, self._queries, s_aux)
         wide_v = v.repeat_interleave(len(q) // len(v), dim=0)
-        effects = weights * (gradient[:, self.queries].float() @ wide_v.mT)
-        order = _ranked(layer, k, v)
-        distances = self.queries[:, None] - torch.arange(T)
+        effects = weights * (gradient[:, self._queries].float() @ wide_v.mT)
+        order = self._ranked(layer, k, v)
+        distances = self._queries[:, None] - torch.arange(T)
         for head, recent in enumerate(layer.recent):
             far = (distances >= WINDOW + recent) & (torch.arange(T) >= SINKS)  # [n, T]
             far = far[:, order[head]]
@@ -92,12 +95,11 @@ class _Prompt:
             rest = None if s_aux is None else 1 - own.sum(-1, keepdim=True)
             self.sums[number, head] = _squares(own, told, far, rest)
 
-
-def _ranked(layer: _Layer, k: Tensor, v: Tensor) -> Tensor:
-    """Tokens by score `[Hkv, T]`, the largest first."""
-    recalled = torch.tensor(list(layer.states))[:, None]
-    errors = torch.where(recalled, *log_errors(k, v, layer.maps))
-    return scores(errors, features(k, v), layer.importance).argsort(-1, descending=True)
+    def _ranked(self, layer: _Layer, k: Tensor, v: Tensor) -> Tensor:
+        """Tokens by score `[Hkv, T]`, the largest first."""
+        with_state, without = log_errors(k, v, layer.maps)
+        errors = with_state if self._has_states else without
+        return scores(errors, features(k, v), layer.importance).argsort(-1, descending=True)
 
 
 def _squares(weights: Tensor, effects: Tensor, far: Tensor, rest: Tensor | None) -> Tensor:
@@ -132,19 +134,20 @@ def pair_losses(
     importance: Sequence[Tensor],
     maps: Sequence[Tensor],
     recent: Sequence[Sequence[int]],
-    states: Sequence[Sequence[bool]],
+    has_states: bool,
     seed: int,
 ) -> Losses:
     """What pairs cost, besides attention sinks, the window and recent pairs.
 
     Args:
-        model: a causal LM of transformers whose attention is `loss_attention`, registered as
-            `LOSS_ATTENTION`, and whose heads `order_heads` has seen. Its weights get no gradients.
-        importance, maps, recent, states: by layer that does not slide, as `_Layer` has them.
+        model: a causal LM of transformers whose attention is `reader.attention`, which must be
+            registered, and whose heads `order_heads` has seen. Its weights get no gradients.
+        importance, maps, recent: by layer that does not slide, as `_Layer` has them.
+        has_states: whether pairs are ranked by what a hidden state does not recall.
         seed: of the tokens that are drawn.
     """
     model.requires_grad_(False)
-    layers = [_Layer(*own) for own in zip(importance, maps, recent, states, strict=True)]
+    layers = [_Layer(*own) for own in zip(importance, maps, recent, strict=True)]
     shape = (len(layers), len(recent[0]), len(PAIRS))
     sums = [torch.zeros(shape, dtype=torch.float64) for _ in Losses._fields]
     counts = [0] * len(sums)
@@ -156,11 +159,11 @@ def pair_losses(
             asked = torch.tensor(answers).nonzero()[:, 0] - 1
             last = range(max(0, len(ids) - LAST_QUERIES), len(ids))
             queries = torch.tensor(sorted({*queries.tolist(), *last}))
-        prompt = _Prompt(layers, queries)
+        prompt = _Prompt(layers, queries, has_states)
         tokens = torch.tensor([ids])
         embedded = model.get_input_embeddings()(tokens).requires_grad_()
         logits = model(
-            inputs_embeds=embedded, use_cache=False, logits_to_keep=asked, lola_prompt=prompt
+            inputs_embeds=embedded, use_cache=False, logits_to_keep=asked, lola_window=prompt
         ).logits[0]
         if answers is None:
             _log_likelihood_of_drawn(logits, generator).backward()
@@ -184,27 +187,3 @@ def _log_odds(logits: Tensor, tokens: Tensor) -> Tensor:
     logits, tokens = logits.float(), tokens[:, None]
     others = logits.scatter(1, tokens, -torch.inf).logsumexp(-1)
     return (logits.gather(1, tokens)[:, 0] - others).sum()
-
-
-def loss_attention(
-    module: Any,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scaling: float | None = None,
-    *,
-    lola_prompt: _Prompt,
-    s_aux: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Softmax attention, `[1, H, T, d]` in and `[1, T, Hq, d]` out, whose gradient is noted."""
-    q, k = in_form(module, q, k, scaling)
-    if module.lola_window is not None:
-        return sliding.attend(q, k, v, module.lola_window, None, s_aux).transpose(1, 2), None
-    out = sliding.causal(q, k, v, None, s_aux)
-    seen_q, seen_k, seen_v = (x.detach()[0] for x in (q, k, v))
-    out.register_hook(
-        lambda g: lola_prompt.add(module.lola_number, seen_q, seen_k, seen_v, g[0], s_aux)
-    )
-    return out.transpose(1, 2), None

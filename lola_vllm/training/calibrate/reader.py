@@ -26,9 +26,27 @@ class AttentionRecorder(Protocol):
         tokens that `begin` named, all float32. Sliding layers are left out and not counted."""
 
 
+class AttentionReader(Protocol):
+    """Sees what attention reads and answers in a text."""
+
+    def see(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, s_aux: Tensor | None
+    ) -> None:
+        """A layer's q `[Hq, T, d]`, k (after RoPE) and v `[Hkv, T, d]`, what it answers
+        `[1, Hq, T, d]`, which gets gradients if there are any, and logits of learned sinks `[Hq]`.
+        Sliding layers are left out and not counted."""
+
+
 class _Window(NamedTuple):
     recorder: AttentionRecorder
     queries: Tensor
+
+    def see(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, s_aux: Tensor | None
+    ) -> None:
+        """See `AttentionReader`."""
+        weights = attention_weights(q, k, self.queries, s_aux)
+        self.recorder.add(layer, k.float(), v.float(), weights)
 
 
 @torch.no_grad()
@@ -54,17 +72,16 @@ def attention(
     mask: Tensor | None,
     scaling: float | None = None,
     *,
-    lola_window: _Window,
+    lola_window: AttentionReader,
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Softmax attention, `[1, H, T, d]` in and `[1, T, Hq, d]` out, recorded."""
+    """Softmax attention, `[1, H, T, d]` in and `[1, T, Hq, d]` out, which a reader sees."""
     q, k = in_form(module, q, k, scaling)
     if module.lola_window is not None:
         return sliding.attend(q, k, v, module.lola_window, None, s_aux).transpose(1, 2), None
     out = sliding.causal(q, k, v, None, s_aux)
-    weights = attention_weights(q[0], k[0], lola_window.queries, s_aux)
-    lola_window.recorder.add(module.lola_number, k[0].float(), v[0].float(), weights)
+    lola_window.see(module.lola_number, q[0], k[0], v[0], out, s_aux)
     return out.transpose(1, 2), None
 
 

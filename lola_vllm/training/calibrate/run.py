@@ -61,12 +61,7 @@ from lola_vllm.training.calibrate.importance import (
     parted,
     without_states,
 )
-from lola_vllm.training.calibrate.losses import (
-    LOSS_ATTENTION,
-    Losses,
-    loss_attention,
-    pair_losses,
-)
+from lola_vllm.training.calibrate.losses import Losses, pair_losses
 from lola_vllm.training.calibrate.options import CalibrateOptions
 from lola_vllm.training.calibrate.prompts import CalibrationPrompt, draw_plain, draw_prompts
 from lola_vllm.training.calibrate.reader import ATTENTION, attention, read
@@ -163,7 +158,6 @@ def calibrate(
         )
     transformers.AttentionInterface.register(ATTENTION, attention)
     transformers.AttentionInterface.register(RECENT_ATTENTION, recent_attention)
-    transformers.AttentionInterface.register(LOSS_ATTENTION, loss_attention)
     softmax, maps = _open(base, model, options.dtype)
     recent = _find_recent(softmax, tokenizer, texts, options)
     # Beyond more recent pairs than this the prompts would show too little to fit to.
@@ -174,8 +168,7 @@ def calibrate(
     pairs = options.pairs + max(0, options.recent - math.ceil(mean))
     recorder = LongRangeAttention(prompts, maps, near)
     read(softmax, [prompt.ids for prompt in prompts], recorder, "reading")
-    without = bool(options.state_worth)  # most heads, so that the values alone are scored
-    losses = _losses(softmax, prompts, recorder.reads, maps, recent, without, pairs, options)
+    losses = _losses(softmax, prompts, recorder.reads, maps, recent, pairs, options)
     states = [[True] * len(of_heads) for of_heads in recent]
     sizes = divide_among(losses, pairs, options.least, options.prompt_length)
     found = _fit(softmax.config, recorder.reads, sizes, recent, states, options)
@@ -220,24 +213,22 @@ def _losses(
     reads: Sequence[Sequence[PromptReads]],
     maps: Sequence[Tensor],
     recent: list[list[int]],
-    without: bool,
     pairs: int,
     options: CalibrateOptions,
 ) -> Losses:
     """What pairs cost, ranked by an importance that is fitted roughly.
 
     Args:
-        reads, maps, recent: by layer that does not slide. without: whether no head has a hidden
-            state. pairs: of a KV head, on average.
+        reads, maps, recent: by layer that does not slide. pairs: of a KV head, on average.
     """
-    states = [[not without] * len(of_heads) for of_heads in recent]
+    has_states = not options.state_worth  # with it most heads lose theirs
+    heads = len(recent[0])
     importance = []
-    for of_layer, own in zip(tqdm(reads, desc="first fit", unit="layer"), states, strict=True):
-        fitted, _ = parted([without_states(read, own) for read in of_layer])
-        importance.append(fit(fitted, [pairs] * len(own), options.seed, FIRST_EPOCHS))
+    for of_layer in tqdm(reads, desc="first fit", unit="layer"):
+        fitted, _ = parted([without_states(read, [has_states] * heads) for read in of_layer])
+        importance.append(fit(fitted, [pairs] * heads, options.seed, FIRST_EPOCHS))
     tried = [prompt for i, prompt in enumerate(prompts) if i % 8 in TRIED_OF_EIGHT]
-    softmax.set_attn_implementation(LOSS_ATTENTION)
-    return pair_losses(softmax, tried, importance, maps, recent, states, options.seed)
+    return pair_losses(softmax, tried, importance, maps, recent, has_states, options.seed)
 
 
 def _fit(

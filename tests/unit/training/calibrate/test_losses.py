@@ -7,8 +7,9 @@ from transformers import AutoModelForCausalLM
 
 from lola_vllm.engine.hf.attention import attentions, order_heads
 from lola_vllm.training.calibrate import losses
-from lola_vllm.training.calibrate.losses import LOSS_ATTENTION, PAIRS, loss_attention, pair_losses
+from lola_vllm.training.calibrate.losses import PAIRS, pair_losses
 from lola_vllm.training.calibrate.prompts import CalibrationPrompt
+from lola_vllm.training.calibrate.reader import ATTENTION, attention
 from lola_vllm.training.calibrate.trials import SINKS, WINDOW
 
 T = 221
@@ -16,8 +17,8 @@ T = 221
 
 @pytest.fixture
 def model(base):
-    transformers.AttentionInterface.register(LOSS_ATTENTION, loss_attention)
-    found = AutoModelForCausalLM.from_pretrained(base, attn_implementation=LOSS_ATTENTION).eval()
+    transformers.AttentionInterface.register(ATTENTION, attention)
+    found = AutoModelForCausalLM.from_pretrained(base, attn_implementation=ATTENTION).eval()
     order_heads(found)
     with torch.no_grad():
         for layer in attentions(found):  # so that attention is to a few tokens
@@ -49,8 +50,7 @@ def test_costs_are_squares_of_the_first_order_change(model, monkeypatch):
 
     monkeypatch.setattr(losses._Prompt, "add", kept)
     prompt = CalibrationPrompt(ids, [False] * T, answers)
-    states = [[False, False]] * 3
-    found = pair_losses(model, [prompt], importance, maps, recent, states, 0)
+    found = pair_losses(model, [prompt], importance, maps, recent, False, 0)
     assert found.facts.shape == (3, 2, len(PAIRS)) and not found.plain.any()
     assert sorted(own[0] for own in seen) == [0, 1, 2]
     for number, q, k, v, gradient in seen:
@@ -79,7 +79,7 @@ def test_costs_are_squares_of_the_first_order_change(model, monkeypatch):
 
 
 def test_gradients_are_of_the_log_odds_of_answers(model, monkeypatch):
-    """Scaling what a head of the last layer says changes the log-odds by the noted gradient."""
+    """Moving what a head of the middle layer says changes the log-odds by the noted gradient."""
     ids = torch.randint(64, (T,), generator=torch.Generator().manual_seed(5)).tolist()
     answers = [i == T - 1 for i in range(T)]
     noted = {}
@@ -91,7 +91,7 @@ def test_gradients_are_of_the_log_odds_of_answers(model, monkeypatch):
     zeros = [torch.zeros(2, 13)] * 3
     maps = [torch.eye(8).repeat(2, 1, 1)] * 3
     prompt = CalibrationPrompt(ids, [False] * T, answers)
-    pair_losses(model, [prompt], zeros, maps, [[0, 0]] * 3, [[True, True]] * 3, 0)
+    pair_losses(model, [prompt], zeros, maps, [[0, 0]] * 3, True, 0)
     assert sorted(noted) == [0, 1, 2]
 
     def odds(nudge: float) -> float:
@@ -124,10 +124,9 @@ def test_drawn_tokens_give_the_fisher_information():
 def test_plain_text_counts_by_query(model):
     ids = torch.randint(64, (T,), generator=torch.Generator().manual_seed(6)).tolist()
     rest = [[torch.zeros(2, 13)] * 3, [torch.eye(8).repeat(2, 1, 1)] * 3, [[0, 0]] * 3]
-    states = [[True, True]] * 3
 
     def costs(seed, number):
-        return pair_losses(model, [CalibrationPrompt(ids)] * number, *rest, states, seed)
+        return pair_losses(model, [CalibrationPrompt(ids)] * number, *rest, True, seed)
 
     found = costs(0, 200)
     assert not found.facts.any() and (found.plain[..., 0] > 0).all()
