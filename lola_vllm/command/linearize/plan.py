@@ -49,7 +49,7 @@ class Speed:
 def stage_tokens(recipe: Recipe) -> dict[str, int]:
     """Tokens that each stage reads."""
     calibration = int(recipe.calibrate.prompts * recipe.calibrate.prompt_length * 0.75)
-    tried = recipe.calibrate.prompts * len(TRIED_OF_EIGHT) // 8
+    tried = sum(i % 8 in TRIED_OF_EIGHT for i in range(recipe.calibrate.prompts))
     calibration += BACKWARD_FACTOR * tried * recipe.calibrate.prompt_length
     if recipe.calibrate.recent:  # to find the heads that copy, and to try divisions of them
         prompts = COPYING_PROMPTS + TRIED_PROMPTS

@@ -82,7 +82,8 @@ class _Prompt:
         """
         layer, T = self._layers[number], k.shape[1]
         k, v = k.float(), v.float()
-        weights = attention_weights(q, k, self._queries, s_aux)
+        seen = attention_weights(q, k, self._queries, s_aux)
+        weights, of_sinks = seen.tensor_split([T], dim=-1)
         wide_v = v.repeat_interleave(len(q) // len(v), dim=0)
         effects = weights * (gradient[:, self._queries].float() @ wide_v.mT)
         order = self._ranked(layer, k, v)
@@ -92,8 +93,7 @@ class _Prompt:
             far = far[:, order[head]]
             group = slice(head * len(q) // len(k), (head + 1) * len(q) // len(k))
             own, told = (x[group][..., order[head]] for x in (weights, effects))
-            rest = None if s_aux is None else 1 - own.sum(-1, keepdim=True)
-            self.sums[number, head] = _squares(own, told, far, rest)
+            self.sums[number, head] = _squares(own, told, far, of_sinks[group].sum(-1))
 
     def _ranked(self, layer: _Layer, k: Tensor, v: Tensor) -> Tensor:
         """Tokens by score `[Hkv, T]`, the largest first."""
@@ -102,14 +102,14 @@ class _Prompt:
         return scores(errors, features(k, v), layer.importance).argsort(-1, descending=True)
 
 
-def _squares(weights: Tensor, effects: Tensor, far: Tensor, rest: Tensor | None) -> Tensor:
+def _squares(weights: Tensor, effects: Tensor, far: Tensor, of_sinks: Tensor) -> Tensor:
     """Squared changes of a loss if a head holds some of its far pairs, summed over queries.
 
     Args:
         weights, effects: `[group, n, T]`, attention of n queries to tokens in the order in which
             they are kept, and times what each token's value adds to the loss.
-        far: `[n, T]`, tokens that a query does not see anyway. rest: `[group, n, 1]`, attention to
-            learned sinks.
+        far: `[n, T]`, tokens that a query does not see anyway. of_sinks: `[group, n]`, attention
+            to learned sinks.
 
     Returns:
         `[len(PAIRS)]` float64.
@@ -122,7 +122,7 @@ def _squares(weights: Tensor, effects: Tensor, far: Tensor, rest: Tensor | None)
         of_far = torch.nn.functional.pad((x * far).cumsum(-1), (1, 0))
         return (x * ~far).sum(-1, keepdim=True) + of_far.gather(-1, at)
 
-    mass = held(weights) if rest is None else held(weights) + rest
+    mass = held(weights) + of_sinks[..., None]
     found = held(effects) / mass.clamp(min=torch.finfo(mass.dtype).tiny)
     change = (found - effects.sum(-1, keepdim=True)).sum(0)
     return change.double().square().sum(0) / 2

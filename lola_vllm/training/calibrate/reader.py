@@ -45,7 +45,7 @@ class _Window(NamedTuple):
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, s_aux: Tensor | None
     ) -> None:
         """See `AttentionReader`."""
-        weights = attention_weights(q, k, self.queries, s_aux)
+        weights = attention_weights(q, k, self.queries, s_aux)[..., : k.shape[1]]
         self.recorder.add(layer, k.float(), v.float(), weights)
 
 
@@ -86,11 +86,12 @@ def attention(
 
 
 def attention_weights(q: Tensor, k: Tensor, queries: Tensor, s_aux: Tensor | None) -> Tensor:
-    """What some queries of a text attend to, `[Hq, n, T]` float32.
+    """What some queries of a text attend to, `[Hq, n, T]` float32, and behind it what learned
+    sinks get, if there are any.
 
     Args:
         q: `[Hq, T, d]`. k: `[Hkv, T, d]`. queries: `[n]`, their positions. s_aux: `[Hq]`, logits of
-            learned sinks, which get the rest of 1.
+            learned sinks.
     """
     wide_k = k.repeat_interleave(len(q) // len(k), dim=0)
     logits = q[:, queries].float() @ wide_k.float().mT * q.shape[-1] ** -0.5
@@ -98,4 +99,4 @@ def attention_weights(q: Tensor, k: Tensor, queries: Tensor, s_aux: Tensor | Non
     if s_aux is not None:
         of_sinks = s_aux.float()[:, None, None].expand(-1, len(queries), -1)
         logits = torch.cat([logits, of_sinks], dim=-1)
-    return logits.softmax(-1)[..., : k.shape[1]]
+    return logits.softmax(-1)

@@ -26,13 +26,15 @@ def model(base):
     return found
 
 
-def _answer(q, k, v, held):
-    """One query's softmax attention to the tokens that are held. q `[d]`, k and v `[T, d]`."""
+def _answer(q, k, v, held, sink):
+    """One query's softmax attention to the tokens that are held, and to a learned sink of a logit.
+    q `[d]`, k and v `[T, d]`."""
     logits = (k @ q * q.shape[-1] ** -0.5).masked_fill(~held, -torch.inf)
-    return logits.softmax(-1) @ v
+    return torch.cat([logits, sink[None]]).softmax(-1)[:-1] @ v
 
 
-def test_costs_are_squares_of_the_first_order_change(model, monkeypatch):
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, 2.0, -1.0, 1.0])])
+def test_costs_are_squares_of_the_first_order_change(model, monkeypatch, sinks):
     """Of one head and one query, against attention that is computed with the pairs left out."""
     generator = torch.Generator().manual_seed(4)
     monkeypatch.setattr(losses, "ONE_IN", 1)
@@ -46,7 +48,7 @@ def test_costs_are_squares_of_the_first_order_change(model, monkeypatch):
 
     def kept(self, number, q, k, v, gradient, s_aux):
         seen.append((number, q, k, v, gradient))
-        add(self, number, q, k, v, gradient, s_aux)
+        add(self, number, q, k, v, gradient, sinks)
 
     monkeypatch.setattr(losses._Prompt, "add", kept)
     prompt = CalibrationPrompt(ids, [False] * T, answers)
@@ -68,7 +70,8 @@ def test_costs_are_squares_of_the_first_order_change(model, monkeypatch):
                     change = 0.0
                     for own in (2 * head, 2 * head + 1):
                         at = q[own, query]
-                        outs = [_answer(at, k[head], v[head], x) for x in (held, everything)]
+                        sink = torch.tensor(-torch.inf) if sinks is None else sinks[own]
+                        outs = [_answer(at, k[head], v[head], x, sink) for x in (held, everything)]
                         change += float(gradient[own, query] @ (outs[0] - outs[1]))
                     total += change**2 / 2
                 expected = total / 2  # two tokens of answers
